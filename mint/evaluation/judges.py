@@ -1,0 +1,358 @@
+"""Code judges: is a text valid in its language, and is it the same program as the reference? Text in, verdict out.
+
+Nothing is executed except by the judge `python_tests`, which runs in `mint.evaluation.sandbox`. Judges know nothing
+about models or cases; `JUDGES` below is the whole list.
+"""
+
+import ast
+import difflib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mint.case import read_jsonl
+from mint.errors import CaseError, MintError
+from mint.evaluation.sandbox import run_python
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge found."""
+
+    ok: bool
+    """The text parses, assembles, or passes its tests, whichever the judge says it checks."""
+    detail: str
+    """One line; `parses`, `assembles (8 bytes)`, `passed`, or why not."""
+    matches_reference: bool | None = None
+    """The same syntax tree (python, bash) or the same bytes (ia32) as the reference; None without a usable one."""
+
+
+def judge(name: str, text: str, reference: str | None = None, **options) -> Judgement:
+    """Judge `text` with the judge called `name` (a key of `JUDGES`), against `reference` if there is one.
+
+    `options` go to the judge: `python_tests` needs `before` and `after` and takes `seconds`, `memory_bytes`. Raises
+    `MintError` for an unknown name, or when a judge's own tool is missing. Never raises for what `text` holds.
+    """
+    if name not in JUDGES:
+        near = difflib.get_close_matches(name, JUDGES, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise MintError(f"unknown judge '{name}'; known are {', '.join(JUDGES)}{hint}")
+    return JUDGES[name](text, reference, **options)
+
+
+# --- python -------------------------------------------------------------------------------------------------------
+
+
+def _python_tree(text: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes and the like are the text's own affair
+        return ast.dump(ast.parse(text))
+
+
+_NO_STATEMENT = ast.dump(ast.parse(""))
+
+
+def judge_python(text: str, reference: str | None = None) -> Judgement:
+    """`ok` if `text` parses as Python with at least one statement; a match has the same tree, so layout does not count.
+
+    Parsed, not compiled: a line such as `return x` is judged without the function around it.
+    """
+    try:
+        tree = _python_tree(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return Judgement(False, f"syntax: {_one_line(error)}", None if reference is None else False)
+    if tree == _NO_STATEMENT:
+        return Judgement(False, "syntax: no statement", None if reference is None else False)
+    if reference is None:
+        return Judgement(True, "parses")
+    try:
+        return Judgement(True, "parses", tree == _python_tree(reference))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return Judgement(True, "parses; the reference does not", None)
+
+
+def judge_python_tests(
+    text: str,
+    reference: str | None = None,
+    *,
+    before: str = "",
+    after: str,
+    seconds: float = 10.0,
+    memory_bytes: int = 512 << 20,
+) -> Judgement:
+    """Run `before + text + after` under limits; `ok` if it ends without an exception (pass@1 of one sample).
+
+    HumanEval (Chen et al. 2021, section 2.1): `before` is the prompt, `after` the tests and the call of `check`. `seconds`
+    is wall-clock time; `reference` is only compared as a syntax tree, behind `before`.
+    """
+    result = run_python(before + text + after, seconds=seconds, memory_bytes=memory_bytes)
+    matches = None
+    if reference is not None:
+        matches = judge_python(before + text, before + reference).matches_reference
+    return Judgement(result.passed, result.detail, matches)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# --- bash ---------------------------------------------------------------------------------------------------------
+
+_PLACEHOLDER = re.compile(r"\{\{.*?\}\}+")
+
+
+@cache
+def _bash_parser():
+    import tree_sitter
+    import tree_sitter_bash
+
+    return tree_sitter.Parser(tree_sitter.Language(tree_sitter_bash.language()))
+
+
+def _bash_tree(text: str):
+    # `{{path/to/file}}` of tldr stands for one word; as bash it would be two nested groups or brace text. Its name
+    # stays part of the word, so that different placeholders stay different.
+    plain = _PLACEHOLDER.sub(lambda m: "P" + re.sub(r"\W", lambda c: f"_{ord(c[0]):x}_", m[0]), text)
+    return _bash_parser().parse((plain.rstrip("\n") + "\n").encode("utf-8", "replace")).root_node
+
+
+def _bash_words(node) -> list[str]:
+    """Names of all nodes in order, with the text of the leaves: equal for equal programs, whatever the spacing."""
+    out, stack = [], [node]
+    while stack:
+        here = stack.pop()
+        out.append(here.type)
+        if here.child_count == 0 or here.type in ("raw_string", "string", "heredoc_body", "word"):
+            out.append(here.text.decode("utf-8", "replace"))
+        stack.extend(reversed(here.children))
+    return out
+
+
+def _first_fault(root) -> str:
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        line, column = node.start_point[0] + 1, node.start_point[1] + 1
+        if node.is_missing:
+            return f"syntax: missing {node.type} at {line}:{column}"
+        if node.is_error:
+            return f"syntax: unexpected {_one_line(node.text.decode('utf-8', 'replace'))[:40]!r} at {line}:{column}"
+        stack.extend(reversed([c for c in node.children if c.has_error or c.is_missing or c.is_error]))
+    return "syntax"
+
+
+def judge_bash(text: str, reference: str | None = None) -> Judgement:
+    """`ok` if tree-sitter's bash grammar parses `text` with no error or missing node, and it holds a statement.
+
+    `{{placeholders}}` of tldr pages count as words. Commands are not looked up: `fnid .` parses. A match has the same
+    tree and words; spacing between words and comments' place aside.
+    """
+    root = _bash_tree(text)
+    no_match = None if reference is None else False
+    if root.has_error:
+        return Judgement(False, _first_fault(root), no_match)
+    if not [c for c in root.named_children if c.type != "comment"]:
+        return Judgement(False, "syntax: no command", no_match)
+    if reference is None:
+        return Judgement(True, "parses")
+    wanted = _bash_tree(reference)
+    if wanted.has_error:
+        return Judgement(True, "parses; the reference does not", None)
+    return Judgement(True, "parses", _bash_words(root) == _bash_words(wanted))
+
+
+# --- ia32 ---------------------------------------------------------------------------------------------------------
+
+_UNDEFINED = re.compile(r"symbol `([^']+)' not defined")
+# Directives that read other files, or make the assembler do unbounded work.
+_REFUSED = re.compile(r"^\s*%|\bincbin\b|\b(?:times|res[bwdqtoyz])\b(?!\s+\w{1,6}\b)", re.IGNORECASE | re.MULTILINE)
+_END = "mint_end_of_text"
+
+
+@dataclass(frozen=True)
+class _Assembled:
+    code: bytes | None
+    detail: str
+    undefined: frozenset[str] = frozenset()
+
+
+def _asm_lines(text: str) -> str:
+    """Shellcode_IA32 writes several instructions on one line, divided by the two characters backslash and n."""
+    return re.sub(r"\s*\\n\s*", "\n", text)
+
+
+def assembler() -> str:
+    """`nasm` where the program is installed, else `keystone`. Raises `MintError` if neither is there."""
+    if shutil.which("nasm"):
+        return "nasm"
+    try:
+        import keystone  # noqa: F401
+    except ImportError:
+        raise MintError(
+            "the ia32 judge needs an assembler, found none; install nasm (apt install nasm) or keystone-engine"
+        ) from None
+    return "keystone"
+
+
+def _nasm(text: str, labels: frozenset[str]) -> _Assembled:
+    # A label that the text does not define gets a place just behind it, so that short jumps reach it; the place
+    # depends on the sorted names only, so the same label is the same address in text and reference.
+    places = "".join(f"{name} equ {_END}+{i}\n" for i, name in enumerate(sorted(labels)))
+    source = f"bits 32\n{_asm_lines(text)}\n" + (f"{_END}:\n{places}" if labels else "")
+    limited = ["/bin/sh", "-c", 'ulimit -t 5; ulimit -f 2048; ulimit -v 1048576; exec "$0" "$@"', shutil.which("nasm")]
+    with tempfile.TemporaryDirectory(prefix="mint-asm-") as folder:
+        (Path(folder) / "in.asm").write_bytes(source.encode("utf-8", "replace"))
+        try:
+            done = subprocess.run(
+                [*limited, "-w+error=label-orphan", "-f", "bin", "-o", "out", "in.asm"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                cwd=folder,
+                timeout=10,
+            )
+        except subprocess.TimeoutExpired:
+            return _Assembled(None, "timeout")
+        errors = done.stderr.decode("utf-8", "replace")
+        if done.returncode == 0:
+            return _Assembled((Path(folder) / "out").read_bytes(), "")
+    message = next((line for line in errors.splitlines() if "error" in line or "fatal" in line), "did not assemble")
+    return _Assembled(None, _one_line(message.split("error:")[-1]), frozenset(_UNDEFINED.findall(errors)))
+
+
+_KEYSTONE = r"""
+import json, keystone, sys, zlib
+lines = sys.stdin.read()
+def place(name, value):
+    value[0] = zlib.crc32(name) % 96 + 16
+    return True
+engine = keystone.Ks(keystone.KS_ARCH_X86, keystone.KS_MODE_32)
+engine.syntax = keystone.KS_OPT_SYNTAX_NASM
+engine.sym_resolver = place
+try:
+    code, count = engine.asm(lines)
+    print(json.dumps([bytes(code or []).hex(), ""]))
+except keystone.KsError as error:
+    print(json.dumps([None, str(error)]))
+"""
+_NUMBER = re.compile(r"(?<![\w.$'\"])(?:0x([0-9a-f]+)|([0-9][0-9a-f]*)h|([0-7]+)[oq]|([01]+)b|([0-9]+))\b", re.IGNORECASE)
+
+
+def _keystone_dialect(text: str) -> str:
+    """Rewrite what keystone 0.9.2 misreads in NASM text: it takes 10 for 0x10, and trips on 80h and sizes."""
+
+    def number(found: re.Match) -> str:
+        digits, base = next((g, b) for g, b in zip(found.groups(), (16, 16, 8, 2, 10), strict=True) if g is not None)
+        return hex(int(digits, base))
+
+    text = _NUMBER.sub(number, _asm_lines(text))
+    text = re.sub(r"\bshort\b", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\bpush\s+word\s+(?=[-+]?0x)", "pushw ", text, flags=re.IGNORECASE)
+    return re.sub(r"\bpush\s+(?:byte|dword)\s+(?!\[)[+]?", "push ", text, flags=re.IGNORECASE)
+
+
+def _keystone(text: str) -> _Assembled:
+    # In a child process: the native library has crashed and hung on odd input.
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _KEYSTONE],
+            input=_keystone_dialect(text),
+            capture_output=True,
+            text=True,
+            timeout=20,
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired:
+        return _Assembled(None, "timeout")
+    if done.returncode != 0:
+        return _Assembled(None, f"the assembler stopped (status {done.returncode})")
+    import json
+
+    code, message = json.loads(done.stdout)
+    return _Assembled(None if code is None else bytes.fromhex(code), _one_line(message))
+
+
+def _assemble_both(text: str, reference: str | None, tool: str) -> tuple[_Assembled, _Assembled | None]:
+    if tool == "keystone":
+        return _keystone(text), None if reference is None else _keystone(reference)
+    one = _nasm(text, frozenset())
+    two = None if reference is None else _nasm(reference, frozenset())
+    labels = one.undefined | (two.undefined if two else frozenset())
+    if one.undefined:
+        one = _nasm(text, labels)
+    if two and two.undefined:
+        two = _nasm(reference or "", labels)
+    return one, two
+
+
+def judge_ia32(text: str, reference: str | None = None, *, tool: str | None = None) -> Judgement:
+    """`ok` if `text` assembles as 32-bit x86 in NASM syntax; a match has the same bytes as the reference.
+
+    Labels that the text only uses are given a place, so one line of a program can be judged. Texts without bytes
+    (`section .text`, `len equ 5`) match if they read the same but for spaces and case. `tool` is `nasm` or
+    `keystone`; by default `assembler()` chooses. nasm is the measure: keystone's NASM mode is worked around, not mended.
+    """
+    no_match = None if reference is None else False
+    if not text.strip():
+        return Judgement(False, "empty", no_match)
+    refused = _REFUSED.search(_asm_lines(text))
+    if refused:
+        return Judgement(False, f"refused: {refused.group().strip()!r} is not assembled here", no_match)
+    if reference is not None and _REFUSED.search(_asm_lines(reference)):
+        reference = None
+    found, wanted = _assemble_both(text, reference, tool or assembler())
+    if found.code is None:
+        return Judgement(False, f"does not assemble: {found.detail}", no_match)
+    detail = f"assembles ({len(found.code)} bytes)"
+    if wanted is None:
+        return Judgement(True, detail)
+    if wanted.code is None:
+        return Judgement(True, detail + "; the reference does not", None)
+    same = found.code == wanted.code and (bool(found.code) or _reading(text) == _reading(reference or ""))
+    return Judgement(True, detail, same)
+
+
+def _reading(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", _asm_lines(text).lower())
+
+
+# --- which judge, which tests ---------------------------------------------------------------------------------------
+
+JUDGES: dict[str, Callable[..., Judgement]] = {
+    "python": judge_python,
+    "python_tests": judge_python_tests,
+    "bash": judge_bash,
+    "ia32": judge_ia32,
+}
+
+JUDGE_OF_TASK = {
+    "conala": "python",
+    "shellcode_ia32": "ia32",
+    "nl2bash": "bash",
+    "tldr": "bash",
+    "humaneval": "python_tests",
+    "mbpp": "python_tests",
+}
+"""For cases read from a file, whose `task` is all that is known; the tasks' own files say the same."""
+
+
+def load_tests(path: str | Path) -> dict[str, dict[str, str]]:
+    """Read a file of tests, one object {id, before, after} a line: the options of `judge_python_tests` by case id.
+
+    Raises `CaseError` for a line without these three texts or with an id seen before.
+    """
+    tests: dict[str, dict[str, str]] = {}
+    for number, record in read_jsonl(path):
+        where = f"{path}:{number}"
+        if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("id", "before", "after")):
+            raise CaseError(f"{where}: expected an object with the texts id, before and after; write it with the cases")
+        if record["id"] in tests:
+            raise CaseError(f"{where}: id '{record['id']}' was used before; ids must be unique")
+        tests[record["id"]] = {"before": record["before"], "after": record["after"]}
+    return tests

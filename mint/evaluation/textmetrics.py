@@ -1,0 +1,145 @@
+"""Scores between texts, the stop rules that end a generated text, and bootstrap intervals. Knows nothing of models.
+
+BLEU and chrF come from sacrebleu, edit similarity from rapidfuzz, intervals from scipy; shares are 0 to 1 throughout,
+so sacrebleu's 0 to 100 is divided by 100.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mint.errors import MintError
+
+STOP_RULES = ("line", "block", "eos")
+
+
+def cut(text: str, stop: str) -> tuple[str, bool]:
+    """The part of a generated `text` that counts under the rule `stop`, and whether the rule was met.
+
+    - `line`: up to and with the first newline.
+    - `block`: one indented block, as of a function: from the first indented line on, it ends before the first line
+      with anything in column 0; blank lines at its end are dropped and one newline kept.
+    - `eos`: everything; the rule counts as met, since the caller stopped at the end-of-sequence token.
+
+    Without the end that the rule looks for, all of `text` counts and the second value is False. Raises `MintError`
+    for another rule.
+    """
+    if stop == "eos":
+        return text, True
+    if stop == "line":
+        head, newline, _ = text.partition("\n")
+        return head + newline, bool(newline)
+    if stop != "block":
+        raise MintError(f"unknown stop rule '{stop}'; known are {', '.join(STOP_RULES)}")
+    lines = text.split("\n")
+    indented = False
+    for number, line in enumerate(lines):
+        if indented and line.strip() and not line[0].isspace():
+            return "\n".join(lines[:number]).rstrip() + "\n", True
+        indented = indented or (bool(line.strip()) and line[0].isspace())
+    return text, False
+
+
+def exact_match(found: str, wanted: str) -> float:
+    """1.0 if the texts are equal, character for character, else 0.0."""
+    return float(found == wanted)
+
+
+def edit_similarity(found: str, wanted: str) -> float:
+    """1 - Levenshtein distance / length of the longer text, 0 to 1; two empty texts give 1."""
+    from rapidfuzz.distance import Levenshtein
+
+    return float(Levenshtein.normalized_similarity(found, wanted))
+
+
+def bleu(found: str, wanted: str) -> float:
+    """Sentence BLEU, 0 to 1: 4-grams, sacrebleu's `13a` tokens, exponential smoothing, effective order.
+
+    Effective order leaves out n-grams longer than the text, without which short code lines score near 0.
+    """
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True).sentence_score(found, [wanted]).score / 100
+
+
+def chrf(found: str, wanted: str) -> float:
+    """Sentence chrF (character 6-grams, beta 2), 0 to 1, as sacrebleu's default."""
+    from sacrebleu.metrics import CHRF
+
+    return CHRF().sentence_score(found, [wanted]).score / 100
+
+
+def _pairs(found: Sequence[str], wanted: Sequence[str]) -> None:
+    if len(found) != len(wanted):
+        raise MintError(f"expected as many references as texts, found {len(wanted)} and {len(found)}; pair them")
+    if not found:
+        raise MintError("expected at least one text to score, found none; give texts and references")
+
+
+def corpus_bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """Corpus BLEU of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` if empty or of unequal length."""
+    from sacrebleu.metrics import BLEU
+
+    _pairs(found, wanted)
+    return BLEU().corpus_score(list(found), [list(wanted)]).score / 100
+
+
+def corpus_chrf(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """Corpus chrF of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` if empty or of unequal length."""
+    from sacrebleu.metrics import CHRF
+
+    _pairs(found, wanted)
+    return CHRF().corpus_score(list(found), [list(wanted)]).score / 100
+
+
+def signatures() -> dict[str, str]:
+    """sacrebleu's signatures (settings and version) of the corpus scores, to print beside them."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    scores = {"bleu": BLEU(), "chrf": CHRF()}
+    for score in scores.values():
+        score.corpus_score(["a"], [["a"]])  # the number of references is part of a signature
+    return {name: str(score.get_signature()) for name, score in scores.items()}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic of a sample with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    n: int
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    statistic: Callable[..., np.ndarray] = np.mean,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of `statistic` over `values` [cases] (Efron & Tibshirani 1993, chapter 13).
+
+    `n` resamples, `level` the confidence (0 to 1). `statistic` takes an array and `axis`, as numpy's do. One value, or
+    all equal, gives an interval of width 0: nothing is known about the spread. Raises `MintError` for no values, one
+    that is not finite, or a level outside (0, 1).
+    """
+    from scipy.stats import bootstrap
+
+    sample = np.asarray(list(values), dtype=float)
+    if sample.size == 0:
+        raise MintError("expected at least one value for an interval, found none; measure a case first")
+    if not np.isfinite(sample).all():
+        raise MintError("expected finite values for an interval, found nan or inf; leave those cases out and count them")
+    if not 0 < level < 1:
+        raise MintError(f"expected a confidence level between 0 and 1, found {level}; 0.95 is usual")
+    value = float(statistic(sample, axis=-1))
+    if np.all(sample == sample[0]):
+        return Interval(value, value, value, level, sample.size)
+    result = bootstrap(
+        (sample,), statistic, n_resamples=n, confidence_level=level, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high), level, sample.size)
