@@ -11,7 +11,17 @@ import sys
 
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Audit events (docs.python.org/3/library/audit_events.html) that no graded program needs.
-_FORBIDDEN = ("socket.", "ctypes.", "subprocess.", "resource.", "shutil.", "pty.", "fcntl.", "mmap.", "winreg.")
+_FORBIDDEN = (
+    "socket.",
+    "ctypes.",
+    "subprocess.",
+    "resource.",
+    "shutil.",
+    "pty.",
+    "fcntl.",
+    "mmap.",
+    "winreg.",
+)
 _FORBIDDEN_EXACT = (
     "os.fork",
     "os.forkpty",
@@ -73,7 +83,9 @@ def _guard(home: str) -> None:
             writes = bool((flags or 0) & _WRITE_FLAGS) or (isinstance(mode, str) and set(mode) & set("wax+"))
             if writes and outside(path):
                 raise PermissionError("blocked: write outside the working folder")
-        elif event in _PATH_EVENTS and any(outside(p) for p in args[:2] if isinstance(p, str | bytes | os.PathLike)):
+        elif event in _PATH_EVENTS and any(
+            outside(p) for p in args[:2] if isinstance(p, str | bytes | os.PathLike)
+        ):
             raise PermissionError(f"blocked: {event} outside the working folder")
 
     sys.addaudithook(hook)

@@ -6,6 +6,7 @@ about models or cases; `JUDGES` below is the whole list.
 
 import ast
 import difflib
+import json
 import re
 import shutil
 import subprocess
@@ -172,7 +173,9 @@ def judge_bash(text: str, reference: str | None = None) -> Judgement:
 
 _UNDEFINED = re.compile(r"symbol `([^']+)' not defined")
 # Directives that read other files, or make the assembler do unbounded work.
-_REFUSED = re.compile(r"^\s*%|\bincbin\b|\b(?:times|res[bwdqtoyz])\b(?!\s+\w{1,6}\b)", re.IGNORECASE | re.MULTILINE)
+_REFUSED = re.compile(
+    r"^\s*%|\bincbin\b|\b(?:times|res[bwdqtoyz])\b(?!\s+\w{1,6}\b)", re.IGNORECASE | re.MULTILINE
+)
 _END = "mint_end_of_text"
 
 
@@ -206,7 +209,12 @@ def _nasm(text: str, labels: frozenset[str]) -> _Assembled:
     # depends on the sorted names only, so the same label is the same address in text and reference.
     places = "".join(f"{name} equ {_END}+{i}\n" for i, name in enumerate(sorted(labels)))
     source = f"bits 32\n{_asm_lines(text)}\n" + (f"{_END}:\n{places}" if labels else "")
-    limited = ["/bin/sh", "-c", 'ulimit -t 5; ulimit -f 2048; ulimit -v 1048576; exec "$0" "$@"', shutil.which("nasm")]
+    limited = [
+        "/bin/sh",
+        "-c",
+        'ulimit -t 5; ulimit -f 2048; ulimit -v 1048576; exec "$0" "$@"',
+        shutil.which("nasm"),
+    ]
     with tempfile.TemporaryDirectory(prefix="mint-asm-") as folder:
         (Path(folder) / "in.asm").write_bytes(source.encode("utf-8", "replace"))
         try:
@@ -222,7 +230,9 @@ def _nasm(text: str, labels: frozenset[str]) -> _Assembled:
         errors = done.stderr.decode("utf-8", "replace")
         if done.returncode == 0:
             return _Assembled((Path(folder) / "out").read_bytes(), "")
-    message = next((line for line in errors.splitlines() if "error" in line or "fatal" in line), "did not assemble")
+    message = next(
+        (line for line in errors.splitlines() if "error" in line or "fatal" in line), "did not assemble"
+    )
     return _Assembled(None, _one_line(message.split("error:")[-1]), frozenset(_UNDEFINED.findall(errors)))
 
 
@@ -241,19 +251,22 @@ try:
 except keystone.KsError as error:
     print(json.dumps([None, str(error)]))
 """
-_NUMBER = re.compile(r"(?<![\w.$'\"])(?:0x([0-9a-f]+)|([0-9][0-9a-f]*)h|([0-7]+)[oq]|([01]+)b|([0-9]+))\b", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?<![\w.$'\"])(?:0x([0-9a-f]+)|([0-9][0-9a-f]*)h|([0-7]+)[oq]|([01]+)b|([0-9]+))\b", re.IGNORECASE
+)
 
 
 def _keystone_dialect(text: str) -> str:
     """Rewrite what keystone 0.9.2 misreads in NASM text: it takes 10 for 0x10, and trips on 80h and sizes."""
 
     def number(found: re.Match) -> str:
-        digits, base = next((g, b) for g, b in zip(found.groups(), (16, 16, 8, 2, 10), strict=True) if g is not None)
+        digits, base = next(
+            (g, b) for g, b in zip(found.groups(), (16, 16, 8, 2, 10), strict=True) if g is not None
+        )
         return hex(int(digits, base))
 
     text = _NUMBER.sub(number, _asm_lines(text))
     text = re.sub(r"\bshort\b", "", text, flags=re.IGNORECASE)
-    text = re.sub(r"\bpush\s+word\s+(?=[-+]?0x)", "pushw ", text, flags=re.IGNORECASE)
     return re.sub(r"\bpush\s+(?:byte|dword)\s+(?!\[)[+]?", "push ", text, flags=re.IGNORECASE)
 
 
@@ -272,9 +285,11 @@ def _keystone(text: str) -> _Assembled:
         return _Assembled(None, "timeout")
     if done.returncode != 0:
         return _Assembled(None, f"the assembler stopped (status {done.returncode})")
-    import json
-
     code, message = json.loads(done.stdout)
+    if code == "" and not re.fullmatch(r"(?:\s*[\w.$]+:\s*|\s*global\s+[\w.$]+\s*)+", text):
+        return _Assembled(
+            None, "keystone found no instruction"
+        )  # it passes over some operands without an error
     return _Assembled(None if code is None else bytes.fromhex(code), _one_line(message))
 
 
@@ -350,8 +365,12 @@ def load_tests(path: str | Path) -> dict[str, dict[str, str]]:
     tests: dict[str, dict[str, str]] = {}
     for number, record in read_jsonl(path):
         where = f"{path}:{number}"
-        if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("id", "before", "after")):
-            raise CaseError(f"{where}: expected an object with the texts id, before and after; write it with the cases")
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(k), str) for k in ("id", "before", "after")
+        ):
+            raise CaseError(
+                f"{where}: expected an object with the texts id, before and after; write it with the cases"
+            )
         if record["id"] in tests:
             raise CaseError(f"{where}: id '{record['id']}' was used before; ids must be unique")
         tests[record["id"]] = {"before": record["before"], "after": record["after"]}

@@ -72,7 +72,9 @@ def chrf(found: str, wanted: str) -> float:
 
 def _pairs(found: Sequence[str], wanted: Sequence[str]) -> None:
     if len(found) != len(wanted):
-        raise MintError(f"expected as many references as texts, found {len(wanted)} and {len(found)}; pair them")
+        raise MintError(
+            f"expected as many references as texts, found {len(wanted)} and {len(found)}; pair them"
+        )
     if not found:
         raise MintError("expected at least one text to score, found none; give texts and references")
 
@@ -133,13 +135,26 @@ def bootstrap_interval(
     if sample.size == 0:
         raise MintError("expected at least one value for an interval, found none; measure a case first")
     if not np.isfinite(sample).all():
-        raise MintError("expected finite values for an interval, found nan or inf; leave those cases out and count them")
+        raise MintError(
+            "expected finite values for an interval, found nan or inf; leave those cases out and count them"
+        )
     if not 0 < level < 1:
         raise MintError(f"expected a confidence level between 0 and 1, found {level}; 0.95 is usual")
     value = float(statistic(sample, axis=-1))
     if np.all(sample == sample[0]):
         return Interval(value, value, value, level, sample.size)
     result = bootstrap(
-        (sample,), statistic, n_resamples=n, confidence_level=level, method="percentile", rng=np.random.default_rng(seed)
+        (sample,),
+        statistic,
+        n_resamples=n,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
     )
-    return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high), level, sample.size)
+    return Interval(
+        value,
+        float(result.confidence_interval.low),
+        float(result.confidence_interval.high),
+        level,
+        sample.size,
+    )
