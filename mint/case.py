@@ -55,7 +55,9 @@ def _text(record: dict, key: str, where: str, *, empty: bool = False) -> str:
 
 def _keep(item: object, where: str) -> Keep:
     if isinstance(item, str):
-        raise CaseError(f"{where}: an entry of 'keep' is an object with prompt and optional target, found text")
+        raise CaseError(
+            f"{where}: an entry of 'keep' is an object with prompt and optional target, found text"
+        )
     if not isinstance(item, dict):
         raise CaseError(f"{where}: an entry of 'keep' must be an object, found {type(item).__name__}")
     unknown = sorted(set(item) - {"prompt", "target"})
@@ -124,7 +126,9 @@ def read_jsonl(path: str | Path) -> list[tuple[int, object]]:
         try:
             values.append((number, json.loads(text)))
         except json.JSONDecodeError as error:
-            raise CaseError(f"{path}:{number}:{error.colno}: not JSON ({error.msg}); one object a line") from None
+            raise CaseError(
+                f"{path}:{number}:{error.colno}: not JSON ({error.msg}); one object a line"
+            ) from None
     return values
 
 
@@ -135,7 +139,9 @@ def load_cases(path: str | Path) -> list[Case]:
     for number, record in read_jsonl(path):
         case = case_from_dict(record, f"{path}:{number}")
         if case.id in seen:
-            raise CaseError(f"{path}:{number}: id '{case.id}' was used on line {seen[case.id]}; ids must be unique")
+            raise CaseError(
+                f"{path}:{number}: id '{case.id}' was used on line {seen[case.id]}; ids must be unique"
+            )
         seen[case.id] = number
         cases.append(case)
     if not cases:

