@@ -313,13 +313,12 @@ def _match_activation(
 ) -> tuple[str, float]:
     """The activation with the smallest relative error of act(gate) * up against the neurons seen, and that error."""
     with torch.no_grad():
-        n, g = neurons.detach().float(), gate.detach().float()
-        u = up.detach().float() if up is not None else None
-        scale = n.abs().max().clamp_min(1e-30)
+        scale = neurons.float().abs().max().clamp_min(1e-30)
         errors = {}
         for name, function in functions.items():
-            guess = function(g) if u is None else function(g) * u
-            error = ((guess - n).abs().max() / scale).item()
+            # In the model's own dtype, so that rounding tells look-alikes (the kinds of GELU) apart.
+            guess = function(gate) if up is None else function(gate) * up
+            error = ((guess.float() - neurons.float()).abs().max() / scale).item()
             errors[name] = error if error == error else float("inf")
     # min keeps the first of equals: the list above names the common ones first.
     best = min(errors, key=errors.__getitem__)

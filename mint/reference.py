@@ -1,0 +1,165 @@
+"""Statistics of a model on reference text: what a layer's inputs and neurons look like when nothing is wrong.
+
+The text ships with mint (`data/reference/`, written for it); users add their own. Results are cached per model and
+keyed by all they depend on. Knows nothing about faults.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mint.errors import MintError
+from mint.lm import LM
+from mint.loading import cache_dir
+from mint.neurons import record, record_block_inputs
+
+_VERSION = 1
+WINDOW = 192
+"""Tokens of one reference passage; longer texts are cut into passages."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments over all tokens of the reference text, per layer. float32 on CPU."""
+
+    tokens: int
+    inputs_second: list[Tensor]
+    """C = E[x x'] of block inputs, [d_model, d_model] a layer."""
+    inputs_mean: list[Tensor]
+    """mu = E[x], [d_model] a layer."""
+    neurons_mean: list[Tensor]
+    """E[n], [d_ff] a layer."""
+    neurons_square: list[Tensor]
+    """E[n^2], [d_ff] a layer."""
+    key: str
+
+
+def reference_texts(extra: Sequence[str | Path] = ()) -> list[str]:
+    """The passages that ship, in a fixed order, and the user's own files after them.
+
+    A file is cut into passages at lines that hold only `---`. Raises `MintError` for a file that cannot be read.
+    """
+    folder = resources.files("mint") / "data" / "reference"
+    texts = [
+        f.read_text(encoding="utf-8") for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.is_file()
+    ]
+    for path in extra:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise MintError(
+                f"{path}: cannot be read as reference text ({error}); give a UTF-8 text file"
+            ) from None
+    passages = [p.strip("\n") + "\n" for text in texts for p in ("\n" + text + "\n").split("\n---\n")]
+    return [p for p in passages if p.strip()]
+
+
+def passages(lm: LM, texts: Sequence[str]) -> list[list[int]]:
+    """Texts as ids, cut into windows of at most `WINDOW` tokens."""
+    template, lm.template = lm.template, None
+    try:
+        window = min(WINDOW, lm.context - 1)
+        out = []
+        for text in texts:
+            ids = lm.tokenizer(text, add_special_tokens=True).input_ids
+            out += [ids[i : i + window] for i in range(0, len(ids), window)]
+    finally:
+        lm.template = template
+    return [p for p in out if len(p) > 1]
+
+
+def statistics(
+    lm: LM, extra: Sequence[str | Path] = (), say: Callable[[str], None] = lambda _: None, cache: bool = True
+) -> Statistics:
+    """Statistics of the model on the reference text; from the cache if they are there.
+
+    extra: the user's own text files. One forward a passage; memory is one d_model x d_model matrix a layer.
+    """
+    texts = reference_texts(extra)
+    key = _key(lm, texts)
+    path = cache_dir() / "statistics" / f"{key}.safetensors"
+    if cache and path.exists():
+        try:
+            return _unpack(load_file(path), key)
+        except Exception:  # a damaged cache file is made again, whatever is wrong with it
+            path.unlink(missing_ok=True)
+    say("measuring the model on reference text (once per model)")
+    found = _measure(lm, passages(lm, texts), key)
+    if cache:
+        _store(path, found)
+    return found
+
+
+def _key(lm: LM, texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    digest.update(
+        json.dumps([_VERSION, WINDOW, lm.fingerprint, str(lm.dtype), lm.tokenizer_hash, texts]).encode()
+    )
+    # Edits change the statistics of later layers: the weights that mint edits belong to the key.
+    for block in lm.layout.blocks:
+        weight = lm.parameter(f"{block.out}.weight").detach()
+        digest.update(weight.float().sum(dim=block.out_axis, dtype=torch.float64).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics:
+    layers = range(lm.n_layers)
+    sums = {
+        "inputs_second": [torch.zeros(b.d_model, b.d_model, dtype=torch.float64) for b in lm.layout.blocks],
+        "inputs_mean": [torch.zeros(b.d_model, dtype=torch.float64) for b in lm.layout.blocks],
+        "neurons_mean": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
+        "neurons_square": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
+    }
+    tokens = 0
+    order = sorted(sequences, key=len)
+    while order:
+        batch = [order.pop()]
+        while order and (len(batch) + 1) * len(batch[0]) <= 1536:
+            batch.append(order.pop())
+        real = torch.zeros(len(batch), len(batch[0]), dtype=torch.bool)
+        for row, ids in enumerate(batch):
+            real[row, : len(ids)] = True
+        tokens += int(real.sum())
+        with record(lm) as neurons, record_block_inputs(lm) as inputs:
+            lm.logits(batch, [[0] for _ in batch])
+        for layer in layers:
+            x = inputs[layer][real.to(inputs[layer].device)].float()
+            n = neurons[layer][real.to(neurons[layer].device)].float()
+            sums["inputs_second"][layer] += (x.T @ x).double().cpu()
+            sums["inputs_mean"][layer] += x.sum(0).double().cpu()
+            sums["neurons_mean"][layer] += n.sum(0).double().cpu()
+            sums["neurons_square"][layer] += n.square().sum(0).double().cpu()
+    means = {name: [(s / max(tokens, 1)).float() for s in values] for name, values in sums.items()}
+    return Statistics(tokens, **means, key=key)
+
+
+_FIELDS = ("inputs_second", "inputs_mean", "neurons_mean", "neurons_square")
+
+
+def _store(path: Path, found: Statistics) -> None:
+    tensors = {f"{name}.{i}": t for name in _FIELDS for i, t in enumerate(getattr(found, name))}
+    tensors["tokens"] = torch.tensor(found.tokens)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(save(tensors))
+        os.replace(temporary, path)
+    except OSError:
+        pass  # a cache that cannot be written costs time, nothing else
+
+
+def _unpack(tensors: dict[str, Tensor], key: str) -> Statistics:
+    n = sum(name.startswith("inputs_mean.") for name in tensors)
+    fields = {name: [tensors[f"{name}.{i}"] for i in range(n)] for name in _FIELDS}
+    return Statistics(int(tensors["tokens"]), **fields, key=key)
