@@ -132,10 +132,13 @@ class Task:
         rows = rows_of_hub(hub_id or self.hub_id, split, self.from_hub, **options)
         return self.cases(rows, max_target_chars=max_target_chars, max_rephrasings=max_rephrasings)
 
-    def load_sample(self) -> Loaded:
+    def load_sample(
+        self, *, max_target_chars: int = MAX_TARGET_CHARS, max_rephrasings: int = MAX_REPHRASINGS
+    ) -> Loaded:
         """The sample shipped with the task: at least 20 rows written for this project."""
         path = resources.files("tasks") / "samples" / f"{self.name}.jsonl"
-        return self.cases(rows_of_lines(path.read_text(encoding="utf-8"), f"samples/{self.name}.jsonl"))
+        rows = rows_of_lines(path.read_text(encoding="utf-8"), f"samples/{self.name}.jsonl")
+        return self.cases(rows, max_target_chars=max_target_chars, max_rephrasings=max_rephrasings)
 
     def cases(
         self,
@@ -191,7 +194,7 @@ class Task:
         prompts: list[str] = []
         for intent in [*self.rephrasings(row), *shared.get(target, [])]:
             other = self.prompt(self.reword(row, intent))
-            if intent.strip() and other.casefold() != prompt.casefold() and other not in prompts:
+            if intent.strip() and other != prompt and other not in prompts:
                 prompts.append(other)
         return Case(row["id"], prompt, target, tuple(prompts[:limit]), (), self.name)
 
@@ -233,6 +236,22 @@ def multi_line(row: Row) -> str | None:
     """The `reject` of a line-level task: a target of several lines cannot end at a newline."""
     if "\n" in row["target"].strip("\n"):
         return "target has several lines; a line-level task takes one"
+    return None
+
+
+def block_target(row: Row) -> str:
+    """The target of a function-level task, with one newline at its end."""
+    return row["target"].rstrip() + "\n"
+
+
+def not_one_block(row: Row) -> str | None:
+    """The `reject` of a function-level task: after its first indented line a target has nothing in column 0."""
+    lines = [line for line in block_target(row).split("\n") if line.strip()]
+    starts = [line[0].isspace() for line in lines]
+    if True not in starts:
+        return "target has no indented block; the task takes one function"
+    if False in starts[starts.index(True) :]:
+        return "target goes on behind its first indented block; the task takes one function"
     return None
 
 

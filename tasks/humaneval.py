@@ -8,18 +8,7 @@ The prompt is the intent as it is; the target is the body with one newline at it
 functions behind them) are skipped.
 '''
 
-from mint.evaluation.textmetrics import cut
-from tasks.common import Row, Task
-
-
-def _target(row: Row) -> str:
-    return row["target"].rstrip() + "\n"
-
-
-def _more_than_a_body(row: Row) -> str | None:
-    if cut(_target(row) + "#", "block")[0] != _target(row):
-        return "target is not one indented block; the task takes a single function's body"
-    return None
+from tasks.common import Row, Task, block_target, not_one_block
 
 
 def _tests(row: Row) -> dict[str, str]:
@@ -44,8 +33,8 @@ TASK = Task(
     hub_id="openai/openai_humaneval",
     from_hub=_from_hub,
     prompt=lambda row: row["intent"],
-    target=_target,
+    target=block_target,
     tests=_tests,
-    reject=_more_than_a_body,
+    reject=not_one_block,
     needs=("entry_point", "test"),
 )

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from mint.errors import LayoutError
 from mint.layout import find_layout
 from mint.neurons import override, record, record_block_inputs, record_states, suffix_logits
-from mint.patch import applied, make_edit, Patch, identity
+from mint.patch import Patch, applied, identity, make_edit
 from tests.conftest import FAMILIES, tiny_lm
 
 IDS = [5, 40, 77, 12, 200, 9]
