@@ -1,6 +1,6 @@
 """What every task has in common: rows in, cases out, and every row that could not be used with its reason.
 
-A row is a dict with at least `id`, `intent` and `target`. Knows nothing about models, tokens or any one data set.
+A row is a dict with at least `id`, `intent` and `target`. Knows nothing about models or tokens.
 """
 
 import hashlib
@@ -48,10 +48,10 @@ class Loaded:
     cases: list[Case]
     skipped: list[Skipped]
     tests: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By case id: {before, after}, the program around the target that tests it; empty for tasks without tests."""
+    """By case id: {before, after}, the program around the target that tests it; or empty."""
 
     def sample(self, limit: int | None, seed: int) -> "Loaded":
-        """`limit` cases drawn with `seed`, in their old order; all of them for None. Skipped rows stay listed."""
+        """`limit` cases drawn with `seed`, in their old order; all for None. Skipped rows stay."""
         if limit is None or limit >= len(self.cases):
             return self
         chosen = sorted(random.Random(seed).sample(range(len(self.cases)), limit))
@@ -59,11 +59,7 @@ class Loaded:
         return replace(self, cases=cases, tests={c.id: self.tests[c.id] for c in cases if c.id in self.tests})
 
 
-def _no_tests(row: Row) -> None:
-    return None
-
-
-def _never(row: Row) -> None:
+def _nothing(row: Row) -> None:
     return None
 
 
@@ -90,11 +86,10 @@ class Task:
     target: Callable[[Row], str]
     rephrasings: Callable[[Row], list[str]] = _no_rephrasings
     """Intents (not prompts) from the row itself that ask for the same target."""
-    reword: Callable[[Row, str], Row] = lambda row, intent: {**row, "intent": intent}
     share_targets: bool = False
     """Whether other rows' intents with the same target are rephrasings too."""
-    tests: Callable[[Row], dict[str, str] | None] = _no_tests
-    reject: Callable[[Row], str | None] = _never
+    tests: Callable[[Row], dict[str, str] | None] = _nothing
+    reject: Callable[[Row], str | None] = _nothing
     """Why the task cannot use a row, or None."""
     needs: tuple[str, ...] = ()
     """Fields beside id, intent and target."""
@@ -125,7 +120,8 @@ class Task:
         max_rephrasings: int = MAX_REPHRASINGS,
         **options: object,
     ) -> Loaded:
-        """Read a split of a data set on the hub (or a local folder) through `datasets`; `options` go to `load_dataset`.
+        """Read a split of a data set on the hub (or a local folder) through `datasets`; `options` go to
+        `load_dataset`.
 
         Raises `CaseError` when `datasets` is missing, or the data set or split cannot be had.
         """
@@ -148,7 +144,7 @@ class Task:
         max_target_chars: int = MAX_TARGET_CHARS,
         max_rephrasings: int = MAX_REPHRASINGS,
     ) -> Loaded:
-        """Turn rows into cases, in order. Rows that cannot be used are listed with one line each, never dropped.
+        """Turn rows into cases, in order; list those that cannot be used, each with its reason.
 
         `max_target_chars` is a first filter in characters (the limit in tokens is the evaluator's);
         `max_rephrasings` keeps the first so many of a case. Raises `CaseError` if no row becomes a case.
@@ -165,7 +161,9 @@ class Task:
             good.append(item.row)
         if not good:
             first = f"; the first: {skipped[0]}" if skipped else ""
-            raise CaseError(f"{self.name}: no usable row among {len(skipped)}{first}; check the file or the filters")
+            raise CaseError(
+                f"{self.name}: no usable row among {len(skipped)}{first}; check the file or the filters"
+            )
         shared = self._intents_by_target(good, lenders)
         cases = [self._case(row, shared, max_rephrasings) for row in good]
         tests = {row["id"]: test for row in good if (test := self.tests(row)) is not None}
@@ -193,7 +191,7 @@ class Task:
         prompt, target = self.prompt(row), self.target(row)
         prompts: list[str] = []
         for intent in [*self.rephrasings(row), *shared.get(target, [])]:
-            other = self.prompt(self.reword(row, intent))
+            other = self.prompt({**row, "intent": intent})
             if intent.strip() and other != prompt and other not in prompts:
                 prompts.append(other)
         return Case(row["id"], prompt, target, tuple(prompts[:limit]), (), self.name)
@@ -245,7 +243,9 @@ def block_target(row: Row) -> str:
 
 
 def not_one_block(row: Row) -> str | None:
-    """The `reject` of a function-level task: after its first indented line a target has nothing in column 0."""
+    """The `reject` of a function-level task: after its first indented line a target has nothing in column
+    0.
+    """
     lines = [line for line in block_target(row).split("\n") if line.strip()]
     starts = [line[0].isspace() for line in lines]
     if True not in starts:
@@ -268,15 +268,15 @@ def line_target(row: Row) -> str:
 def neighbours(cases: Sequence[Case], case: Case, n: int, seed: int) -> list[Case]:
     """`n` other cases to measure side effects on, drawn without replacement; fewer where there are fewer.
 
-    The same for the same cases, case, n and seed, on every machine. Cases that share the prompt, a rephrasing or
-    the target of `case` are left out: a repair is meant to change those.
+    The same for the same cases, case, n and seed, on every machine. Cases that share the prompt, a rephrasing
+    or the target of `case` are left out: a repair is meant to change those.
     """
     own = {case.prompt, *case.rephrasings}
     others = [c for c in cases if c.id != case.id and c.target != case.target and c.prompt not in own]
     return random.Random(f"{seed}:{case.id}").sample(others, min(n, len(others)))
 
 
-# --- sources --------------------------------------------------------------------------------------------------------
+# --- sources ------------------------------------------------------------------------------------------------
 
 
 def _numbered(rows: Iterable[Numbered | Row]) -> list[Numbered]:
@@ -321,17 +321,19 @@ def rows_of_split(folder: str | Path, name: str, split: str) -> list[Numbered]:
 
 
 def rows_of_hub(hub_id: str, split: str, from_hub: Callable[[Row], Row], **options: object) -> list[Numbered]:
-    """The rows of a split of a hub data set, in the common layout. Raises `CaseError` in one line if it cannot be had."""
+    """The rows of a split of a hub data set, in the common layout. Raises `CaseError` if it cannot be had."""
     try:
         from datasets import load_dataset
     except ImportError:
-        raise CaseError(f"{hub_id}: reading the hub needs the package 'datasets'; pip install datasets") from None
+        raise CaseError(
+            f"{hub_id}: reading the hub needs the package 'datasets'; pip install datasets"
+        ) from None
     try:
         found = load_dataset(hub_id, split=split, **options)
     except Exception as error:  # the library raises many kinds; all mean that the rows cannot be had
         reason = one_line(str(error))[:200] or type(error).__name__
         raise CaseError(
-            f"{hub_id}, split '{split}': cannot be loaded ({reason}); check name, split and network, or use a folder"
+            f"{hub_id}, split '{split}': cannot be loaded ({reason}); check name, split, network"
         ) from None
     rows = []
     for number, raw in enumerate(found, start=1):

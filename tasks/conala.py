@@ -3,8 +3,9 @@
     {"id": "c1", "intent": "sort list `l` in descending order", "target": "l.sort(reverse=True)",
      "orig_intent": "How do I sort a list from high to low?", "rewritten": true}
 
-gives the prompt "# sort list `l` in descending order\\n" and the target "l.sort(reverse=True)\\n". The title of the
-question (`orig_intent`), where somebody rewrote it into `intent`, is the rephrasing. Targets of several lines are skipped.
+gives the prompt "# sort list `l` in descending order\\n" and the target "l.sort(reverse=True)\\n". The title
+of the question (`orig_intent`), where somebody rewrote it into `intent`, is the rephrasing. Targets of
+several lines are skipped.
 """
 
 from tasks.common import Row, Task, after_comment, line_target, multi_line

@@ -3,9 +3,9 @@
     {"id": "h1", "intent": "def double(n: int) -> int:\\n    """Twice n."""\\n", "target": "    return 2 * n",
      "entry_point": "double", "test": "def check(candidate):\\n    assert candidate(2) == 4\\n"}
 
-The prompt is the intent as it is; the target is the body with one newline at its end, which is also where the stop rule
-`block` cuts. The tests run as prompt + text + test + `check(entry_point)`. Bodies that are more than one block (helper
-functions behind them) are skipped.
+The prompt is the intent as it is; the target is the body with one newline at its end, which is also where the
+stop rule `block` cuts. The tests run as prompt + text + test + `check(entry_point)`. Bodies that are more
+than one block (helper functions behind them) are skipped.
 '''
 
 from tasks.common import Row, Task, block_target, not_one_block

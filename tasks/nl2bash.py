@@ -2,8 +2,8 @@
 
     {"id": "n1", "intent": "Count the lines of notes.txt", "target": "wc -l notes.txt"}
 
-gives the prompt "# Count the lines of notes.txt\\n" and the target "wc -l notes.txt\\n". Other intents with the same
-command are its rephrasings.
+gives the prompt "# Count the lines of notes.txt\\n" and the target "wc -l notes.txt\\n". Other intents with
+the same command are its rephrasings.
 """
 
 from tasks.common import Row, Task, after_comment, line_target, multi_line

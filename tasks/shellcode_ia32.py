@@ -2,9 +2,9 @@
 
     {"id": "s1", "intent": "clear the eax register", "target": "xor eax, eax"}
 
-gives the prompt "; clear the eax register\\n" and the target "xor eax, eax\\n". Other intents with the same target are
-its rephrasings. Rows of several instructions, written on one line with the two characters backslash and n between
-them, are skipped; `SEVERAL` is the same task with them.
+gives the prompt "; clear the eax register\\n" and the target "xor eax, eax\\n". Other intents with the same
+target are its rephrasings. Rows of several instructions, written on one line with the two characters
+backslash and n between them, are skipped; `SEVERAL` is the same task with them.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
-"""Runs one untrusted program inside a child process. Started only by `sandbox.run_python`; knows nothing of mint.
+"""Runs one untrusted program inside a child process. Started only by `sandbox.run_python`.
 
-Reads one JSON object from standard input: {program, nonce, seconds, memory_bytes, file_bytes}. Writes one line,
-`<nonce> <verdict>`, to the inherited standard output; the program itself only ever sees /dev/null there.
+Reads one JSON object from standard input: {program, nonce, seconds, memory_bytes, file_bytes}. Writes one
+line, `<nonce> <verdict>`, to the inherited standard output; the program itself only ever sees /dev/null
+there.
 """
 
 import json
@@ -66,7 +67,9 @@ def _limit(order: dict) -> None:
 
 
 def _guard(home: str) -> None:
-    """Refuse sockets, processes and changes outside `home`. A speed bump, not a wall: see `sandbox.run_python`."""
+    """Refuse sockets, processes and changes outside `home`. A speed bump, not a wall: see
+    `sandbox.run_python`.
+    """
     realpath, sep, fspath = os.path.realpath, os.sep, os.fspath
 
     def outside(path: object) -> bool:

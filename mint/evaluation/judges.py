@@ -1,7 +1,7 @@
-"""Code judges: is a text valid in its language, and is it the same program as the reference? Text in, verdict out.
+"""Code judges: is a text valid in its language, and is it the same program as the reference?
 
-Nothing is executed except by the judge `python_tests`, which runs in `mint.evaluation.sandbox`. Judges know nothing
-about models or cases; `JUDGES` below is the whole list.
+Nothing is executed except by the judge `python_tests`, which runs in `mint.evaluation.sandbox`. Judges know
+nothing about models or cases; `JUDGES` below is the whole list.
 """
 
 import ast
@@ -32,14 +32,15 @@ class Judgement:
     detail: str
     """One line; `parses`, `assembles (8 bytes)`, `passed`, or why not."""
     matches_reference: bool | None = None
-    """The same syntax tree (python, bash) or the same bytes (ia32) as the reference; None without a usable one."""
+    """Same syntax tree (python, bash) or bytes (ia32) as the reference; None without a usable reference."""
 
 
 def judge(name: str, text: str, reference: str | None = None, **options) -> Judgement:
     """Judge `text` with the judge called `name` (a key of `JUDGES`), against `reference` if there is one.
 
-    `options` go to the judge: `python_tests` needs `before` and `after` and takes `seconds`, `memory_bytes`. Raises
-    `MintError` for an unknown name, or when a judge's own tool is missing. Never raises for what `text` holds.
+    `options` go to the judge: `python_tests` needs `before` and `after` and takes `seconds`, `memory_bytes`.
+    Raises `MintError` for an unknown name, or when a judge's own tool is missing. Never raises for what
+    `text` holds.
     """
     if name not in JUDGES:
         near = difflib.get_close_matches(name, JUDGES, n=1)
@@ -48,7 +49,7 @@ def judge(name: str, text: str, reference: str | None = None, **options) -> Judg
     return JUDGES[name](text, reference, **options)
 
 
-# --- python -------------------------------------------------------------------------------------------------------
+# --- python -------------------------------------------------------------------------------------------------
 
 
 def _python_tree(text: str) -> str:
@@ -61,7 +62,7 @@ _NO_STATEMENT = ast.dump(ast.parse(""))
 
 
 def judge_python(text: str, reference: str | None = None) -> Judgement:
-    """`ok` if `text` parses as Python with at least one statement; a match has the same tree, so layout does not count.
+    """`ok` if `text` parses as Python with at least one statement; a match has the same tree, in any layout.
 
     Parsed, not compiled: a line such as `return x` is judged without the function around it.
     """
@@ -90,8 +91,8 @@ def judge_python_tests(
 ) -> Judgement:
     """Run `before + text + after` under limits; `ok` if it ends without an exception (pass@1 of one sample).
 
-    HumanEval (Chen et al. 2021, section 2.1): `before` is the prompt, `after` the tests and the call of `check`. `seconds`
-    is wall-clock time; `reference` is only compared as a syntax tree, behind `before`.
+    HumanEval (Chen et al. 2021, section 2.1): `before` is the prompt, `after` the tests and the call of
+    `check`. `seconds` is wall-clock time; `reference` is only compared as a syntax tree, behind `before`.
     """
     result = run_python(before + text + after, seconds=seconds, memory_bytes=memory_bytes)
     matches = None
@@ -104,9 +105,9 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# --- bash ---------------------------------------------------------------------------------------------------------
+# --- bash ---------------------------------------------------------------------------------------------------
 
-_PLACEHOLDER = re.compile(r"\{\{.*?\}\}+")
+_PLACEHOLDER = re.compile(r"\{\{.*?\}\}")
 
 
 @cache
@@ -118,14 +119,16 @@ def _bash_parser():
 
 
 def _bash_tree(text: str):
-    # `{{path/to/file}}` of tldr stands for one word; as bash it would be two nested groups or brace text. Its name
-    # stays part of the word, so that different placeholders stay different.
+    # `{{path/to/file}}` of tldr stands for one word; as bash it would be two nested groups or brace text. Its
+    # name stays part of the word, so that different placeholders stay different.
     plain = _PLACEHOLDER.sub(lambda m: "P" + re.sub(r"\W", lambda c: f"_{ord(c[0]):x}_", m[0]), text)
     return _bash_parser().parse((plain.rstrip("\n") + "\n").encode("utf-8", "replace")).root_node
 
 
 def _bash_words(node) -> list[str]:
-    """Names of all nodes in order, with the text of the leaves: equal for equal programs, whatever the spacing."""
+    """Names of all nodes in order, with the text of the leaves: equal for equal programs, whatever the
+    spacing.
+    """
     out, stack = [], [node]
     while stack:
         here = stack.pop()
@@ -144,16 +147,18 @@ def _first_fault(root) -> str:
         if node.is_missing:
             return f"syntax: missing {node.type} at {line}:{column}"
         if node.is_error:
-            return f"syntax: unexpected {_one_line(node.text.decode('utf-8', 'replace'))[:40]!r} at {line}:{column}"
+            found = _one_line(node.text.decode("utf-8", "replace"))[:40]
+            return f"syntax: unexpected {found!r} at {line}:{column}"
         stack.extend(reversed([c for c in node.children if c.has_error or c.is_missing or c.is_error]))
     return "syntax"
 
 
 def judge_bash(text: str, reference: str | None = None) -> Judgement:
-    """`ok` if tree-sitter's bash grammar parses `text` with no error or missing node, and it holds a statement.
+    """`ok` if tree-sitter's bash grammar parses `text` with no error or missing node, and it holds a
+    statement.
 
-    `{{placeholders}}` of tldr pages count as words. Commands are not looked up: `fnid .` parses. A match has the same
-    tree and words; spacing between words and comments' place aside.
+    `{{placeholders}}` of tldr pages count as words. Commands are not looked up: `fnid .` parses. A match has
+    the same tree and words; spacing between words and comments' place aside.
     """
     root = _bash_tree(text)
     no_match = None if reference is None else False
@@ -169,7 +174,7 @@ def judge_bash(text: str, reference: str | None = None) -> Judgement:
     return Judgement(True, "parses", _bash_words(root) == _bash_words(wanted))
 
 
-# --- ia32 ---------------------------------------------------------------------------------------------------------
+# --- ia32 ---------------------------------------------------------------------------------------------------
 
 _UNDEFINED = re.compile(r"symbol `([^']+)' not defined")
 # Directives that read other files, or make the assembler do unbounded work.
@@ -187,7 +192,7 @@ class _Assembled:
 
 
 def _asm_lines(text: str) -> str:
-    """Shellcode_IA32 writes several instructions on one line, divided by the two characters backslash and n."""
+    """Shellcode_IA32 divides instructions on one line by the two characters backslash and n."""
     return re.sub(r"\s*\\n\s*", "\n", text)
 
 
@@ -199,14 +204,14 @@ def assembler() -> str:
         import keystone  # noqa: F401
     except ImportError:
         raise MintError(
-            "the ia32 judge needs an assembler, found none; install nasm (apt install nasm) or keystone-engine"
+            "the ia32 judge needs an assembler, found none; install nasm (the program) or keystone-engine"
         ) from None
     return "keystone"
 
 
 def _nasm(text: str, labels: frozenset[str]) -> _Assembled:
-    # A label that the text does not define gets a place just behind it, so that short jumps reach it; the place
-    # depends on the sorted names only, so the same label is the same address in text and reference.
+    # A label that the text does not define gets a place just behind it, so that short jumps reach it; the
+    # place depends on the sorted names only, so the same label is the same address in text and reference.
     places = "".join(f"{name} equ {_END}+{i}\n" for i, name in enumerate(sorted(labels)))
     source = f"bits 32\n{_asm_lines(text)}\n" + (f"{_END}:\n{places}" if labels else "")
     limited = [
@@ -309,9 +314,10 @@ def _assemble_both(text: str, reference: str | None, tool: str) -> tuple[_Assemb
 def judge_ia32(text: str, reference: str | None = None, *, tool: str | None = None) -> Judgement:
     """`ok` if `text` assembles as 32-bit x86 in NASM syntax; a match has the same bytes as the reference.
 
-    Labels that the text only uses are given a place, so one line of a program can be judged. Texts without bytes
-    (`section .text`, `len equ 5`) match if they read the same but for spaces and case. `tool` is `nasm` or
-    `keystone`; by default `assembler()` chooses. nasm is the measure: keystone's NASM mode is worked around, not mended.
+    Labels that the text only uses are given a place, so one line of a program can be judged. Texts without
+    bytes (`section .text`, `len equ 5`) match if they read the same but for spaces and case. `tool` is `nasm`
+    or `keystone`; by default `assembler()` chooses. nasm is the measure: keystone's NASM mode is worked
+    around, not mended.
     """
     no_match = None if reference is None else False
     if not text.strip():
@@ -337,7 +343,7 @@ def _reading(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", _asm_lines(text).lower())
 
 
-# --- which judge, which tests ---------------------------------------------------------------------------------------
+# --- which judge, which tests -------------------------------------------------------------------------------
 
 JUDGES: dict[str, Callable[..., Judgement]] = {
     "python": judge_python,
@@ -358,7 +364,7 @@ JUDGE_OF_TASK = {
 
 
 def load_tests(path: str | Path) -> dict[str, dict[str, str]]:
-    """Read a file of tests, one object {id, before, after} a line: the options of `judge_python_tests` by case id.
+    """Read a file of tests, one object {id, before, after} a line: options of `judge_python_tests`.
 
     Raises `CaseError` for a line without these three texts or with an id seen before.
     """

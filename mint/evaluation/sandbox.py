@@ -1,18 +1,20 @@
-"""Runs a short Python program under limits and says how it ended. Knows nothing about tasks, models or scores.
+"""Runs a short Python program under limits and says how it ended. Knows nothing about tasks or models.
 
 For code that a *model* wrote by mistake, not for code that an attacker wrote on purpose.
 
 Covered
-    wall-clock time (the whole process group is killed), CPU time, address space, size of each file written, number of
-    open files; standard input is empty and all output is thrown away; a temporary working folder, removed afterwards;
-    an empty environment. Python's audit hooks refuse sockets, new processes, signals to others, ctypes, and writing,
-    moving or deleting outside the working folder. Where the system's `unshare` may make namespaces, the program also
-    runs without any network interface and in a process namespace of its own, which takes every descendant with it
-    when it ends. A program that leaves early (`sys.exit`, `os._exit`) before its checks ran does not pass.
+    wall-clock time (the whole process group is killed), CPU time, address space, size of each file written,
+    number of open files; standard input is empty and all output is thrown away; a temporary working folder,
+    removed afterwards; an empty environment. Python's audit hooks refuse sockets, new processes, signals to
+    others, ctypes, and writing, moving or deleting outside the working folder. Where the system's `unshare`
+    may make namespaces, the program also runs without any network interface and in a process namespace of its
+    own, which takes every descendant with it when it ends. A program that leaves early (`sys.exit`,
+    `os._exit`) before its checks ran does not pass.
 Not covered
-    reading files that the user may read; filling the disk with many small files; code written to defeat the audit
-    hook (from native extensions, or by memory tricks); without `unshare`, a descendant that got around the hook and
-    left the process group. Limits on processes do not bind root. For hostile code use a virtual machine.
+    reading files that the user may read; filling the disk with many small files; code written to defeat the
+    audit hook (from native extensions, or by memory tricks); without `unshare`, a descendant that got around
+    the hook and left the process group. Limits on processes do not bind root. For hostile code use a virtual
+    machine.
 """
 
 import json
@@ -37,12 +39,14 @@ class RunResult:
 
     passed: bool
     detail: str
-    """`passed`, `timeout`, `memory`, `file size`, `assertion…`, `syntax…`, `blocked…`, `exited early…`, `Error: text`."""
+    """`passed`, `timeout`, `memory`, `file size`, `assertion…`, `syntax…`, `blocked…`, `exited early…`,
+    `Error: text`.
+    """
 
 
 @cache
 def isolation() -> tuple[str, ...]:
-    """The command prefix that gives a program its own network and process namespace; empty where not permitted."""
+    """The command prefix that gives a program its own namespaces; empty where not permitted."""
     unshare = shutil.which("unshare")
     if unshare is None:
         return ()
@@ -65,10 +69,11 @@ def _end(process: subprocess.Popen) -> None:
 def run_python(
     program: str, *, seconds: float = 10.0, memory_bytes: int = 512 << 20, file_bytes: int = 1 << 20
 ) -> RunResult:
-    """Run `program` in a fresh interpreter and report how it ended; what is covered is in the module's docstring.
+    """Run `program` in a fresh interpreter and report how it ended, under the limits listed above.
 
     `seconds` wall clock (CPU time is limited to the same, rounded up); `memory_bytes` of address space, the
-    interpreter itself takes about 30 MB; `file_bytes` for each file written. Never raises for what the program does.
+    interpreter itself takes about 30 MB; `file_bytes` for each file written. Never raises for what the
+    program does.
     """
     nonce = secrets.token_hex(16)
     order = {

@@ -1,7 +1,7 @@
-"""Scores between texts, the stop rules that end a generated text, and bootstrap intervals. Knows nothing of models.
+"""Scores between texts, the stop rules that end a generated text, and bootstrap intervals.
 
-BLEU and chrF come from sacrebleu, edit similarity from rapidfuzz, intervals from scipy; shares are 0 to 1 throughout,
-so sacrebleu's 0 to 100 is divided by 100.
+BLEU and chrF come from sacrebleu, edit similarity from rapidfuzz, intervals from scipy; shares are 0 to 1
+throughout, so sacrebleu's 0 to 100 is divided by 100.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ def cut(text: str, stop: str) -> tuple[str, bool]:
     """The part of a generated `text` that counts under the rule `stop`, and whether the rule was met.
 
     - `line`: up to and with the first newline.
-    - `block`: one indented block, as of a function: from the first indented line on, it ends before the first line
-      with anything in column 0; blank lines at its end are dropped and one newline kept.
+    - `block`: one indented block, as of a function: from the first indented line on, it ends before the first
+      line with anything in column 0; blank lines at its end are dropped and one newline kept.
     - `eos`: everything; the rule counts as met, since the caller stopped at the end-of-sequence token.
 
-    Without the end that the rule looks for, all of `text` counts and the second value is False. Raises `MintError`
-    for another rule.
+    Without the end that the rule looks for, all of `text` counts and the second value is False. Raises
+    `MintError` for another rule.
     """
     if stop == "eos":
         return text, True
@@ -80,7 +80,7 @@ def _pairs(found: Sequence[str], wanted: Sequence[str]) -> None:
 
 
 def corpus_bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Corpus BLEU of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` if empty or of unequal length."""
+    """Corpus BLEU of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` for unequal lengths."""
     from sacrebleu.metrics import BLEU
 
     _pairs(found, wanted)
@@ -88,7 +88,7 @@ def corpus_bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def corpus_chrf(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Corpus chrF of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` if empty or of unequal length."""
+    """Corpus chrF of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` for unequal lengths."""
     from sacrebleu.metrics import CHRF
 
     _pairs(found, wanted)
@@ -123,11 +123,12 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval of `statistic` over `values` [cases] (Efron & Tibshirani 1993, chapter 13).
+    """Percentile bootstrap interval of `statistic` over `values` [cases] (Efron & Tibshirani 1993, chapter
+    13).
 
-    `n` resamples, `level` the confidence (0 to 1). `statistic` takes an array and `axis`, as numpy's do. One value, or
-    all equal, gives an interval of width 0: nothing is known about the spread. Raises `MintError` for no values, one
-    that is not finite, or a level outside (0, 1).
+    `n` resamples, `level` the confidence (0 to 1). `statistic` takes an array and `axis`, as numpy's do. One
+    value, or all equal, gives an interval of width 0: nothing is known about the spread. Raises `MintError`
+    for no values, one that is not finite, or a level outside (0, 1).
     """
     from scipy.stats import bootstrap
 
