@@ -1,8 +1,8 @@
 """Shellcode_IA32: English -> one instruction of 32-bit x86 in NASM syntax (Liguori et al., NLP4Prog 2021).
 
-    {"id": "s1", "intent": "clear the eax register", "target": "xor eax, eax"}
+    {"id": "s1", "intent": "wipe register eax with a xor", "target": "xor eax, eax"}
 
-gives the prompt "; clear the eax register\\n" and the target "xor eax, eax\\n". Other intents with the same
+gives the prompt "; wipe register eax with a xor\\n" and the target "xor eax, eax\\n". Other intents with the same
 target are its rephrasings. Rows of several instructions, written on one line with the two characters
 backslash and n between them, are skipped; `SEVERAL` is the same task with them.
 """
