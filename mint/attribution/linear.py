@@ -1,0 +1,136 @@
+"""Linear patching: the effect of replacing every neuron at every position, from one forward and one backward.
+
+score_j = sum_t (n_j^ref(t) - n_j(t)) * dM/dn_j(t), the first-order effect on M = logit(wrong) - logit(desired) of
+replacing neuron j by its reference (attribution patching: Syed et al. 2310.10348; Kramar et al. 2403.00745). Guilty
+neurons score negative. Weights stay frozen, one `autograd.grad` covers all layers, and since the node lies after the
+nonlinearity no attention probabilities are needed. What this misses is curvature: `exact.py` checks.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint.attribution.faults import Fault, differences
+from mint.lm import LM, Encoded
+
+_ROWS = 768
+"""Most fault x token rows that one backward carries: bounds the memory of long prompts and many faults."""
+
+
+@dataclass(frozen=True)
+class LinearScores:
+    """First-order effects on logit(wrong) - logit(desired) of replacing each neuron by its reference.
+
+    Each list has one tensor [faults, d_ff] a layer, float32, on the model's device; [1, d_ff] if combined.
+    """
+
+    at_fault: list[Tensor]
+    """Replaced at the fault's own position only."""
+    summed: list[Tensor]
+    """Replaced at every position up to the fault's, summed: what a weight edit would touch."""
+
+
+@contextmanager
+def _leaves(lm: LM) -> Iterator[dict[int, Tensor]]:
+    """Within: a forward fills layer -> activations (the model's own shape), as nodes of a graph that starts there."""
+    seen: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in range(lm.n_layers):
+
+            def hook(_module, args, layer=layer):
+                # Nothing below the first neurons is asked for, so the graph starts at them.
+                seen[layer] = args[0].detach().requires_grad_() if layer == 0 else args[0]
+                return (seen[layer], *args[1:])
+
+            stack.callback(
+                lm.module(lm.block(layer).out).register_forward_pre_hook(hook, prepend=True).remove
+            )
+        yield seen
+
+
+def forward_with_graph(lm: LM, ids: Sequence[int], faults: Sequence[Fault]) -> tuple[Tensor, list[Tensor]]:
+    """One forward of `ids` (1 sequence): the metric of each fault, [faults], and the neurons of every layer.
+
+    The neurons are graph nodes in the model's own shape ([1, tokens, d_ff], or flattened); frozen weights give no graph.
+    """
+    with torch.enable_grad(), _leaves(lm) as seen:
+        logits = lm.logits([list(ids)], [[f.position for f in faults]])
+        return differences(logits, faults), [seen[layer] for layer in range(lm.n_layers)]
+
+
+def backward(metrics: Tensor, nodes: Sequence[Tensor]) -> list[Tensor]:
+    """d metrics[i] / d node for every i and node, [faults, tokens, d_ff] a node; the graph is kept."""
+    n = len(metrics)
+    if n == 1:
+        found = torch.autograd.grad(metrics[0], list(nodes), retain_graph=True)
+        return [g.reshape(1, -1, g.shape[-1]) for g in found]
+    eye = torch.eye(n, device=metrics.device, dtype=metrics.dtype)
+    try:
+        with warnings.catch_warnings():
+            # vmap says which operations it runs one by one; nothing the user could act on.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            found = torch.autograd.grad(metrics, list(nodes), eye, retain_graph=True, is_grads_batched=True)
+        return [g.reshape(n, -1, g.shape[-1]) for g in found]
+    except (RuntimeError, NotImplementedError):  # an operation of the model that vmap cannot batch
+        each = [backward(m[None], nodes) for m in metrics]
+        return [torch.cat(layer) for layer in zip(*each, strict=True)]
+
+
+def deltas(nodes: Sequence[Tensor], reference: Sequence[Tensor] | None) -> list[Tensor]:
+    """reference - activation, [tokens, d_ff] a layer, float32. reference: [d_ff] or [tokens, d_ff] a layer; None: zero."""
+    out = []
+    for layer, node in enumerate(nodes):
+        n = node.detach().reshape(-1, node.shape[-1]).float()
+        if reference is None:
+            out.append(-n)
+            continue
+        wanted = reference[layer].to(n.device).float()
+        out.append((wanted[: len(n)] if wanted.dim() == 2 else wanted) - n)
+    return out
+
+
+def _weigh(
+    change: Sequence[Tensor], gradient: Sequence[Tensor], positions: Sequence[Sequence[int]]
+) -> LinearScores:
+    """Scores from changes [tokens, d_ff] and gradients [rows, tokens, d_ff]; positions[i]: where row i is at fault."""
+    at_fault, summed = [], []
+    for d, g in zip(change, gradient, strict=True):
+        product = g.float() * d  # [rows, tokens, d_ff]
+        at_fault.append(torch.stack([row[p].sum(0) for row, p in zip(product, positions, strict=True)]))
+        summed.append(product.sum(1))
+    return LinearScores(at_fault, summed)
+
+
+def linear_scores(
+    lm: LM,
+    encoded: Encoded | Sequence[int],
+    faults: Sequence[Fault],
+    reference: Sequence[Tensor] | None = None,
+    combined: bool = False,
+) -> LinearScores:
+    """Linear scores of all neurons for all faults of one case.
+
+    reference: the activations to replace by, one tensor [d_ff] (every position alike) or [tokens, d_ff] a layer, e.g.
+    `statistics(lm).neurons_mean`; None (default): zero. combined: explain the sum of the faults' metrics in a single
+    backward, about 2.3 plain forwards in all however many faults there are; otherwise each fault costs a backward more
+    (batched). Peak memory: the graph of one forward plus one gradient [rows, tokens, d_ff] a layer.
+    """
+    ids = encoded.ids if isinstance(encoded, Encoded) else list(encoded)
+    ids = ids[: max(f.position for f in faults) + 1]  # causal: later tokens change nothing
+    metrics, nodes = forward_with_graph(lm, ids, faults)
+    change = deltas(nodes, reference)
+    if combined:
+        return _weigh(change, backward(metrics.sum()[None], nodes), [[f.position for f in faults]])
+    step = max(1, min(8, _ROWS // len(ids)))
+    parts = [
+        _weigh(change, backward(metrics[i : i + step], nodes), [[f.position] for f in faults[i : i + step]])
+        for i in range(0, len(faults), step)
+    ]
+    return LinearScores(
+        [torch.cat(t) for t in zip(*(p.at_fault for p in parts), strict=True)],
+        [torch.cat(t) for t in zip(*(p.summed for p in parts), strict=True)],
+    )
