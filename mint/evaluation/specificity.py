@@ -1,0 +1,325 @@
+"""Specificity: what a change does to text it was not made for, against the clean model measured before the change.
+
+`baseline` remembers the clean model, `compare` measures the present one. Knows nothing about solvers or files, and
+never writes weights.
+
+What is remembered of the clean model is not its log-probabilities (197 kB a token for a vocabulary of 49 152 in
+float32) but the vector that enters the unembedding (2 kB): the unembedding is never edited, so `compare` sends the old
+and the new vectors through it side by side, in one matrix product and through whatever the model does behind it (soft
+caps, scales). That keeps the Kullback-Leibler divergence exact to float32 in memory that does not grow with the
+vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from mint.errors import MintError
+from mint.lm import LM, Encoded
+
+Measured = tuple[Sequence[int], Sequence[int], Sequence[int] | None]
+"""(ids, positions, targets): the next-token distributions behind ids[: p + 1] for p in positions are measured. targets
+are the right next tokens, one a position, or None where nobody knows what is right."""
+Sequences = Sequence[Measured]
+
+_NONE = -1
+_BATCH_TOKENS = 512
+_ROWS = 64
+"""Positions whose logits are compared at once: 64 x 49 152 x 4 bytes = 13 MB a temporary."""
+
+
+def of_case(encoded: Encoded) -> Measured:
+    """A case as a sequence: every token of its target (the stop included) is measured."""
+    return encoded.ids, encoded.positions, encoded.target
+
+
+def of_ids(ids: Sequence[int]) -> Measured:
+    """Running text as a sequence: every token behind the first is measured, and right if it is the text's own."""
+    return list(ids), list(range(len(ids) - 1)), list(ids[1:])
+
+
+def of_output(prompt: Sequence[int], written: Sequence[int]) -> Measured:
+    """What the clean model wrote behind a prompt, as a sequence: kept exactly if no argmax changes."""
+    return [*prompt, *written], list(range(len(prompt) - 1, len(prompt) + len(written) - 1)), list(written)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The clean model on some sequences. Made by `baseline`, before anything is edited."""
+
+    sequences: tuple[Measured, ...]
+    hidden: tuple[Tensor, ...]
+    """Per sequence: what entered the unembedding, [positions, width], on CPU in the model's dtype."""
+    head: tuple[float, ...]
+    """Sums of the unembedding's weights, to notice if somebody edits what is assumed fixed."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions measured, over all sequences."""
+        return sum(len(s[1]) for s in self.sequences)
+
+
+@dataclass(frozen=True)
+class Specificity:
+    """What changed on text that should not change. Shares are of all tokens measured, 0 to 1; KL is in nats."""
+
+    argmax_unchanged: float
+    """Share of tokens whose most likely next token is the same as before."""
+    argmax_broken: float
+    """Share of all tokens measured where the argmax was the right token and is now another."""
+    argmax_newly_right: float
+    """Share of all tokens measured where the argmax was wrong and is now the right token."""
+    kl_mean: float
+    """Mean over tokens of KL(before || after) of the next-token distributions."""
+    kl_p95: float
+    kl_max: float
+    perplexity_ratio: float | None
+    """Perplexity of the right tokens after over before; None where no right tokens are known."""
+    sequences_unchanged: float
+    """Share of sequences in which no measured argmax changed (a model's own output is then written again exactly)."""
+    tokens: int
+    worst: list[dict] = field(default_factory=list)
+    """The tokens with the largest KL: sequence, position, kl, context, before, after, wanted (texts; wanted may be None)."""
+
+    def as_dict(self) -> dict:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Per measured token, in the order of the sequences; all [tokens]."""
+
+    kl: Tensor
+    before: Tensor
+    """Argmax of the clean model, ids."""
+    after: Tensor
+    wanted: Tensor
+    """The right id, or -1."""
+    gain: Tensor
+    """Log-probability of the right token, after minus before; 0 where unknown. float64."""
+    owner: Tensor
+    """Index of the sequence."""
+    position: Tensor
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def baseline(lm: LM, sequences: Sequences, tokens: int = _BATCH_TOKENS) -> Baseline:
+    """Measure the clean model. Call it before the edit.
+
+    tokens: padded tokens of one forward (default 512). Raises `MintError` where a sequence does not fit the context or
+    its positions are not inside it.
+    """
+    sequences = tuple(_checked(lm, s, i) for i, s in enumerate(sequences))
+    hidden = [torch.zeros(0, 0) for _ in sequences]
+    for batch in _batches(sequences, tokens):
+        rows, columns = _places(sequences, batch)
+        seen: list[Tensor] = []
+
+        def remember(selected: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(selected)
+            return selected[:1]  # the logits are not needed: let the unembedding do one row
+
+        with _at_unembedding(lm, rows, columns, remember):
+            lm.model(input_ids=lm.pad([sequences[i][0] for i in batch]), use_cache=False)
+        split = seen[0].cpu().split([len(sequences[i][1]) for i in batch])
+        for i, part in zip(batch, split, strict=True):
+            hidden[i] = part.clone()
+    return Baseline(sequences, tuple(hidden), _head(lm))
+
+
+@torch.no_grad()
+def compare(lm: LM, baseline: Baseline, worst: int = 5, tokens: int = _BATCH_TOKENS) -> Specificity:
+    """The present model against the clean one.
+
+    worst: how many of the most changed tokens to describe with their text. tokens: padded tokens of one forward; give
+    what `baseline` was given, so that both ran the same batches and an unchanged model gives exactly 0. Raises
+    `MintError` if the unembedding itself was changed: then the baseline means nothing.
+    """
+    return summarize(lm, baseline, token_effects(lm, baseline, tokens), worst)
+
+
+@torch.no_grad()
+def token_effects(lm: LM, baseline: Baseline, tokens: int = _BATCH_TOKENS) -> Tokens:
+    """`compare`, token by token."""
+    if _head(lm) != baseline.head:
+        raise MintError(
+            "the unembedding was changed since the baseline was measured; measure the clean model again"
+        )
+    parts: dict[int, dict[str, Tensor]] = {}
+    for batch in _batches(baseline.sequences, tokens):
+        old = torch.cat([baseline.hidden[i] for i in batch])
+        rows, columns = _places(baseline.sequences, batch)
+        with _at_unembedding(lm, rows, columns, lambda new, old=old: torch.cat([old.to(new), new])):
+            out = lm.model(input_ids=lm.pad([baseline.sequences[i][0] for i in batch]), use_cache=False)
+        before, after = out.logits[0].chunk(2)
+        wanted = torch.tensor(
+            [w for i in batch for w in _targets(baseline.sequences[i])], device=before.device
+        )
+        found = _effects(before, after, wanted)
+        sizes = [len(baseline.sequences[i][1]) for i in batch]
+        for name, values in found.items():
+            for i, part in zip(batch, values.cpu().split(sizes), strict=True):
+                parts.setdefault(i, {})[name] = part
+    ordered = [parts[i] for i in sorted(parts)]
+    joined = {name: torch.cat([p[name] for p in ordered]) for name in _FIELDS} if ordered else _NOTHING
+    owner = torch.tensor([i for i, s in enumerate(baseline.sequences) for _ in s[1]], dtype=torch.long)
+    position = torch.tensor([p for s in baseline.sequences for p in s[1]], dtype=torch.long)
+    return Tokens(**joined, owner=owner, position=position)
+
+
+_FIELDS = ("kl", "before", "after", "wanted", "gain")
+_NOTHING = {
+    name: torch.zeros(0, dtype=torch.double if name in ("kl", "gain") else torch.long) for name in _FIELDS
+}
+
+
+def summarize(lm: LM, baseline: Baseline, effects: Tokens, worst: int = 5) -> Specificity:
+    """One `Specificity` from token effects. Raises `MintError` where nothing was measured."""
+    n = len(effects.kl)
+    if n == 0:
+        raise MintError(
+            "expected at least one token to measure side effects on, found none; give other cases or text"
+        )
+    known = effects.wanted != _NONE
+    was, is_now = effects.before == effects.wanted, effects.after == effects.wanted
+    same = effects.before == effects.after
+    touched = effects.owner[~same].unique().numel()
+    measured = effects.owner.unique().numel()
+    return Specificity(
+        argmax_unchanged=same.double().mean().item(),
+        argmax_broken=(known & was & ~is_now).double().mean().item(),
+        argmax_newly_right=(known & ~was & is_now).double().mean().item(),
+        kl_mean=effects.kl.mean().item(),
+        kl_p95=effects.kl.quantile(0.95).item(),
+        kl_max=effects.kl.max().item(),
+        perplexity_ratio=torch.exp(-effects.gain[known].mean()).item() if known.any() else None,
+        sequences_unchanged=1 - touched / measured,
+        tokens=n,
+        worst=[_describe(lm, baseline, effects, i) for i in effects.kl.topk(min(worst, n)).indices.tolist()],
+    )
+
+
+def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL(softmax(before) || softmax(after)) per row, [n] float64 in nats, from logits [n, vocab].
+
+    With p = softmax(before) and d = after - before, KL = log E_p[exp d] - E_p[d]. Centring d on its mean under p first
+    leaves log(1 + E_p[expm1 d]), which has no difference of nearly equal numbers: divergences of 1e-8 come out right
+    in float32, and equal logits give exactly 0.
+    """
+    before, after = before.float(), after.float()
+    p = before.softmax(-1)
+    d = after - before
+    d = d - (p * d).sum(-1, keepdim=True)
+    kl = torch.log1p((p * d.expm1()).sum(-1).double())
+    wild = ~torch.isfinite(kl) | (d.amax(-1) > 60)
+    if wild.any():  # exp overflows: the plain formula is exact enough for divergences this large
+        logp, logq = before[wild].double().log_softmax(-1), after[wild].double().log_softmax(-1)
+        kl[wild] = (logp.exp() * (logp - logq)).sum(-1)
+    return kl.clamp_min(0)
+
+
+def _effects(before: Tensor, after: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Per row of logits [n, vocab]; chunked, so that temporaries stay small."""
+    found: dict[str, list[Tensor]] = {name: [] for name in _FIELDS}
+    for b, a, w in zip(before.split(_ROWS), after.split(_ROWS), wanted.split(_ROWS), strict=True):
+        found["kl"].append(kl_divergence(b, a))
+        found["before"].append(b.argmax(-1))
+        found["after"].append(a.argmax(-1))
+        found["wanted"].append(w)
+        column = w.clamp_min(0)[:, None]
+        gain = _log_probability(a, column) - _log_probability(b, column)
+        found["gain"].append(torch.where(w == _NONE, torch.zeros_like(gain), gain))
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def _log_probability(logits: Tensor, column: Tensor) -> Tensor:
+    logits = logits.float()
+    return (logits.gather(1, column)[:, 0].double()) - logits.logsumexp(-1).double()
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _targets(sequence: Measured) -> list[int]:
+    return list(sequence[2]) if sequence[2] is not None else [_NONE] * len(sequence[1])
+
+
+def _checked(lm: LM, sequence: Measured, number: int) -> Measured:
+    ids, positions, targets = sequence
+    if len(ids) > lm.context:
+        raise MintError(
+            f"sequence {number} has {len(ids)} tokens, the context of {lm.name} is {lm.context}; shorten it"
+        )
+    if any(not 0 <= p < len(ids) for p in positions):
+        raise MintError(
+            f"sequence {number}: positions must lie in 0 to {len(ids) - 1}; found {list(positions)}"[:200]
+        )
+    if targets is not None and len(targets) != len(positions):
+        raise MintError(
+            f"sequence {number} has {len(positions)} positions and {len(targets)} targets; give one each"
+        )
+    return tuple(ids), tuple(positions), None if targets is None else tuple(targets)
+
+
+def _batches(sequences: Sequence[Measured], tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences with like lengths, about `tokens` padded tokens together; depends on nothing but lengths."""
+    order = sorted((i for i, s in enumerate(sequences) if s[1]), key=lambda i: len(sequences[i][0]))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(sequences[i][0]) > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _places(sequences: Sequence[Measured], batch: list[int]) -> tuple[Tensor, Tensor]:
+    rows = torch.tensor([row for row, i in enumerate(batch) for _ in sequences[i][1]])
+    return rows, torch.tensor([p for i in batch for p in sequences[i][1]])
+
+
+@contextmanager
+def _at_unembedding(
+    lm: LM, rows: Tensor, columns: Tensor, function: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Within: the unembedding sees function(vectors [n, width] at (rows[i], columns[i])) as one sequence."""
+
+    def select(_module, args):
+        return (function(args[0][rows.to(args[0].device), columns.to(args[0].device)])[None],)
+
+    handle = lm.module(lm.layout.unembedding).register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _head(lm: LM) -> tuple[float, ...]:
+    sample = [
+        p.detach().flatten()[::257].double().sum().item()
+        for p in lm.module(lm.layout.unembedding).parameters()
+    ]
+    return tuple(sample)
+
+
+def _describe(lm: LM, baseline: Baseline, effects: Tokens, i: int) -> dict:
+    owner, position = int(effects.owner[i]), int(effects.position[i])
+    ids = list(baseline.sequences[owner][0][: position + 1])
+    wanted = int(effects.wanted[i])
+    return {
+        "sequence": owner,
+        "position": position,
+        "kl": float(effects.kl[i]),
+        "context": lm.decode(ids)[-160:],
+        "before": lm.continuation(ids, [int(effects.before[i])]),
+        "after": lm.continuation(ids, [int(effects.after[i])]),
+        "wanted": None if wanted == _NONE else lm.continuation(ids, [wanted]),
+    }
