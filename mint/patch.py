@@ -323,13 +323,15 @@ def from_bytes(data: bytes, where: str = "patch") -> Patch:
     listed = header.get("edits")
     if not isinstance(listed, list) or not listed:
         raise PatchError(f"{where}: lists no edits; make or fetch the patch again")
+    places: set[tuple[int, int]] = set()
+    for item in listed:
+        place = _place(item, where)
+        if place in places:
+            raise PatchError(
+                f"{where}: layer {place[0]}, neuron {place[1]} is listed twice; a patch names a neuron once"
+            )
+        places.add(place)
     edits = tuple(_edit(item, tensors, where) for item in listed)
-    places = [(e.layer, e.index) for e in edits]
-    twice = next((p for p in places if places.count(p) > 1), None)
-    if twice:
-        raise PatchError(
-            f"{where}: layer {twice[0]}, neuron {twice[1]} is listed twice; a patch names a neuron once"
-        )
     if tensors:
         raise PatchError(f"{where}: holds a tensor '{min(tensors)}' that belongs to no listed edit")
     dtypes = {v.dtype for e in edits for side in (e.before, e.after) for v in side.values()}
@@ -366,14 +368,19 @@ def _header(data: bytes, where: str) -> dict:
     return header
 
 
-def _edit(item: object, tensors: dict[str, Tensor], where: str) -> NeuronEdit:
-    """Take one listed edit's tensors out of `tensors`."""
+def _place(item: object, where: str) -> tuple[int, int]:
+    """(layer, index) of a listed edit."""
     numbers = [item.get(k) for k in ("layer", "index")] if isinstance(item, dict) else [None]
     if not all(type(n) is int and n >= 0 for n in numbers) or item.get("kind") not in KINDS:
         raise PatchError(
             f"{where}: an edit needs layer and index >= 0 and kind {' or '.join(KINDS)}; found {item!r}"[:300]
         )
-    layer, index = numbers
+    return numbers[0], numbers[1]
+
+
+def _edit(item: dict, tensors: dict[str, Tensor], where: str) -> NeuronEdit:
+    """Take one listed edit's tensors out of `tensors`."""
+    layer, index = item["layer"], item["index"]
     sides: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
     for side, found in sides.items():
         for role in ROLES:
