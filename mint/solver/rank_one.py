@@ -1,0 +1,165 @@
+"""Baseline: a key/value edit of one output matrix, after ROME (Meng et al., arXiv 2202.05262, section 3.1 and
+equation 2) with several keys as in MEMIT (arXiv 2210.07229, section 4.2 and equation 14).
+
+Followed: keys are neuron activations k_i of one layer, C = E[n n'] of that layer over reference text; the change of the
+matrix is C^-1 K (K' C^-1 K)^-1 V', the smallest in the metric C that adds v_i to the output for key k_i; the values v
+are found by Adam on the cross-entropy of the target, held within `CLAMP` x the norm of the layer's own output there.
+
+Differs deliberately, since a fault here is a line and has no subject: keys are the activations at the positions that
+predict the target's tokens, all of them, so that right tokens stay right (with one target token it is rank one, with n
+tokens rank n); the values are optimised through the edit itself, which adds S v at *every* position, so that what is
+optimised is what the written matrix does; no random prefixes, no essence term (there is no subject to keep), and the
+layer is a fixed depth (`DEPTH`, chosen on training rows) instead of causal tracing; C is ridged. It stops at the
+first step at which every target token has the wanted margin (default 0), and gives up after `STEPS`. Ignores `keep`,
+earlier repairs, `max_neurons`, `generalize` and `where`; `settings.layers` must then name one layer.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mint.errors import MintError
+from mint.lm import LM
+from mint.neurons import record
+from mint.reference import passages, reference_texts
+from mint.solver.common import Problem, Settings, Solution, margins, margins_of
+from mint.solver.matrices import (
+    ALREADY_RIGHT,
+    changed_matrices,
+    chosen_layers,
+    output_names,
+    refused,
+    restored,
+    wanted_margin,
+)
+
+NAME = "rank-one"
+DEPTH = 0.6
+"""Which layer, as a share of the depth."""
+STEPS = 50
+RATE = 0.1
+"""Adam's step, in units of the root mean square of the layer's own output at the keys."""
+CLAMP = 4.0
+"""Largest norm of a value, in units of the norm of the layer's own output at its key (ROME's clamp factor)."""
+RIDGE = 1e-2
+"""Added to the diagonal of C, as a share of its mean: the reference text is short."""
+
+_FACTORS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _factor(lm: LM, layer: int) -> Tensor:
+    """Cholesky factor of the ridged C = E[n n'] of a layer, [d_ff, d_ff] float32.
+
+    Kept in memory per model and layer, as first seen: as in ROME, later edits of the same model do not renew it.
+    """
+    kept = _FACTORS.setdefault(lm.model, {})
+    if layer not in kept:
+        kept[layer] = torch.linalg.cholesky(_second_moment(lm, layer))
+    return kept[layer]
+
+
+def _second_moment(lm: LM, layer: int) -> Tensor:
+    size = lm.block(layer).d_ff
+    total = torch.zeros(size, size)
+    tokens = 0
+    for ids in passages(lm, reference_texts()):
+        with record(lm, [layer]) as neurons:
+            lm.logits([ids], [[0]])
+        seen = neurons[layer][0].float().cpu()
+        total += seen.T @ seen
+        tokens += len(ids)
+    total /= max(tokens, 1)
+    # Without reference text: the identity, all directions cost the same.
+    total.diagonal().add_(RIDGE * float(total.diagonal().mean()) or 1.0)
+    return total
+
+
+@contextmanager
+def _added(lm: LM, layer: int, extra: list[Tensor]) -> Iterator[None]:
+    """Within: extra[0] [tokens, d_model] is added to what the layer's output matrix writes for the one sequence."""
+
+    def hook(_module, _args, output):
+        return output + extra[0].to(output.dtype).view(output.shape)
+
+    handle = lm.module(lm.block(layer).out).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _keys(lm: LM, problem: Problem, layer: int) -> tuple[Tensor, Tensor]:
+    """(how the matrix moves per value, [d_ff, keys]; the neurons of the whole sequence, [tokens, d_ff])."""
+    with record(lm, [layer]) as neurons:
+        lm.logits([problem.encoded.ids], [[0]])
+    seen = neurons[layer][0].float().cpu()
+    keys = seen[problem.encoded.positions].T
+    spread = torch.cholesky_solve(keys, _factor(lm, layer))
+    overlap = keys.T @ spread
+    # Nearly equal keys (a token repeated) must not make huge values.
+    overlap.diagonal().add_(1e-4 * float(overlap.diagonal().mean()))
+    return torch.linalg.solve(overlap, spread.T).T, seen
+
+
+def _values(lm: LM, problem: Problem, layer: int, share: Tensor, own: Tensor, wanted: float) -> tuple[Tensor, int]:
+    """Values [keys, d_model] under which every margin exceeds `wanted`, or the last ones; and the steps taken.
+
+    share: [tokens, keys], how much of each value the edited matrix adds at each position. own: [keys, d_model], what
+    the matrix writes at the keys now.
+    """
+    encoded = problem.encoded
+    target = torch.tensor(encoded.target, device=own.device)
+    limit = CLAMP * own.norm(dim=1, keepdim=True)
+    values = torch.zeros_like(own, requires_grad=True)
+    optimiser = torch.optim.Adam([values], lr=RATE * float(own.square().mean().sqrt()))
+    extra = [own]
+    with torch.enable_grad(), _added(lm, layer, extra):
+        for step in range(STEPS + 1):
+            extra[0] = share @ values
+            logits = lm.logits([encoded.ids], [encoded.positions])
+            if float(margins_of(logits.detach(), encoded.target).min()) > wanted or step == STEPS:
+                break
+            optimiser.zero_grad()
+            cross_entropy(logits, target.to(logits.device)).backward()
+            optimiser.step()
+            with torch.no_grad():
+                values.mul_((limit / values.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))
+    return values.detach(), step
+
+
+def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
+    """Edit one output matrix so that the target's tokens win; a change of that matrix, or a reason.
+
+    The model is bit-identical afterwards. `seconds` excludes the covariance, which is measured once per model.
+    Raises `MintError` if `settings.layers` names more than one layer, or one that the model has not.
+    """
+    layers = chosen_layers(lm, settings, [min(int(DEPTH * lm.n_layers), lm.n_layers - 1)])
+    if len(layers) > 1:
+        raise MintError(f"rank-one edits one layer, found {len(layers)} layers; name one")
+    layer = layers[0]
+    _factor(lm, layer)
+    started = time.perf_counter()
+    wanted = wanted_margin(settings)
+    with torch.no_grad():
+        smallest = float(margins(lm, problem.encoded).min())
+    if smallest > wanted:
+        return refused(NAME, ALREADY_RIGHT, started, smallest)
+    moves, neurons = _keys(lm, problem, layer)
+    columns = lm.columns(layer)
+    device = columns.device
+    own = neurons[problem.encoded.positions].to(device) @ columns.float()
+    values, steps = _values(lm, problem, layer, (neurons @ moves).to(device), own, wanted)
+    with restored(lm, output_names(lm, layers)) as before, torch.no_grad():
+        columns.copy_(columns.float() + moves.to(device) @ values)
+        smallest = float(margins(lm, problem.encoded).min())
+        if smallest > wanted:
+            return changed_matrices(NAME, lm, before, started, smallest, layer=layer, steps=steps)
+    reason = f"a target token is still {wanted - smallest:.2f} below the wanted margin after {steps} steps in layer {layer}"
+    return refused(NAME, reason, started, smallest, layer=layer, steps=steps)
