@@ -105,7 +105,9 @@ def record_run(lm: LM, ids: Sequence[int], fault: Fault, changes: dict[int, Chan
         options = {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
         logits = lm.model(input_ids=lm.pad([ids]), **options).logits[0, 0].float()
     kept = [neurons[layer][0].clone() for layer in range(lm.n_layers)]
-    run = Run(tuple(ids), fault, states.hidden, states.as_tuple, kept, logits, _prefix(lm, cache, len(ids) - 1))
+    run = Run(
+        tuple(ids), fault, states.hidden, states.as_tuple, kept, logits, _prefix(lm, cache, len(ids) - 1)
+    )
     return _self_tested(lm, run)
 
 
@@ -136,6 +138,12 @@ def _self_tested(lm: LM, run: Run) -> Run:
     raise AssertionError("unreachable")
 
 
+def differentiable_rerun(lm: LM, run: Run, changes: dict[int, Change], rows: int) -> Tensor:
+    """`rerun` at the fault's position, with a graph from whatever the changes put in."""
+    with torch.enable_grad():
+        return _rerun(lm, run, changes, rows, everywhere=False, full=False)
+
+
 @torch.no_grad()
 def rerun(
     lm: LM, run: Run, changes: dict[int, Change], rows: int, *, everywhere: bool = False, full: bool = False
@@ -145,6 +153,12 @@ def rerun(
     changes: layer -> function of that layer's activations [rows, tokens, d_ff], where tokens is 1 (the fault's
     position) or, if `everywhere`, all of them. Returns the metric, [rows], or if `full` the logits, [rows, vocab].
     """
+    return _rerun(lm, run, changes, rows, everywhere=everywhere, full=full)
+
+
+def _rerun(
+    lm: LM, run: Run, changes: dict[int, Change], rows: int, *, everywhere: bool, full: bool
+) -> Tensor:
     layer = min(changes)
     last = not everywhere
     cached = last and run.prefix is not None
@@ -172,9 +186,7 @@ def rerun(
 
 def _at_last(change: Change) -> Change:
     def function(n: Tensor) -> Tensor:
-        n = n.clone()
-        n[:, -1:] = change(n[:, -1:])
-        return n
+        return torch.cat([n[:, :-1], change(n[:, -1:])], dim=1)
 
     return function
 

@@ -46,9 +46,7 @@ def _leaves(lm: LM) -> Iterator[dict[int, Tensor]]:
                 seen[layer] = args[0].detach().requires_grad_() if layer == 0 else args[0]
                 return (seen[layer], *args[1:])
 
-            stack.callback(
-                lm.module(lm.block(layer).out).register_forward_pre_hook(hook, prepend=True).remove
-            )
+            stack.callback(lm.module(lm.block(layer).out).register_forward_pre_hook(hook).remove)
         yield seen
 
 
