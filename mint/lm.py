@@ -358,7 +358,11 @@ class LM:
         budget = max(len(e.target) for e in encoded) + extra
         generated = self.generate([e.prompt for e in encoded], budget, lines)
         return [
-            self.cut(self.continuation(e.prompt, _until_stop(g, self.stop_ids(), keep=False)), n, c.target)
+            self.cut(
+                self.continuation(e.prompt, _until_stop(_bounded(g, e, c), self.stop_ids(), keep=False)),
+                n,
+                c.target,
+            )
             for e, c, g, n in zip(encoded, cases, generated, lines, strict=True)
         ]
 
@@ -379,6 +383,12 @@ def _lines_of(encoded: Encoded, case: Case, stops: set[int]) -> int | None:
         return 1
     newlines = case.target.count("\n")
     return newlines if case.target.endswith("\n") else newlines + 1
+
+
+def _bounded(generated: list[int], encoded: Encoded, case: Case) -> list[int]:
+    """A target without any stop is compared as far as it goes; what follows it is nobody's concern."""
+    endless = not encoded.n_stop and not case.target.endswith("\n")
+    return generated[: len(encoded.target)] if endless else generated
 
 
 def _until_stop(ids: list[int], stops: set[int], keep: bool = True) -> list[int]:

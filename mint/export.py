@@ -1,0 +1,268 @@
+"""Patches as LoRA adapters for other software: peft (and whatever reads its format) and llama.cpp's GGUF adapters.
+
+Changing column j of a matrix, or row j of one, is a change of rank one: the adapter holds the difference itself and a
+one-hot vector, so it is exact up to the rounding of old + (new - old). Nothing here needs the model in memory: patches
+that `mint repair` wrote carry the names of their weights in `base["layout"]`.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mint.errors import PatchError
+from mint.layout import Block, Rows
+from mint.lm import LM
+from mint.patch import NeuronEdit, Patch, write_file
+
+FORMATS = ("peft", "gguf-lora")
+_MAX_LAYERS = 10_000
+"""More than any model has; a crafted patch must not make us build a table of a billion names."""
+
+_GGUF_NAMES = {
+    # transformers' model_type -> llama.cpp's architecture, where the two differ
+    "mistral": "llama",
+    "gpt_neox": "gptneox",
+    "gpt_bigcode": "starcoder",
+    "llama4_text": "llama4",
+    "gemma3_text": "gemma3",
+}
+
+
+# ---------------------------------------------------------------------- where the weights live
+
+
+def describe(lm: LM) -> dict:
+    """Names and axes of the neurons' weights as JSON values, for a patch to carry: one template if all layers agree."""
+    layers = lm.layout.layers
+    blocks = [
+        json.dumps(asdict(b) | {"layer": 0}).replace(f"{layers}.{b.layer}.", f"{layers}.{{}}.")
+        for b in lm.layout.blocks
+    ]
+    same = len(set(blocks)) == 1
+    return {
+        "model_type": getattr(lm.model.config, "model_type", None),
+        "layers": len(blocks),
+        "blocks": [json.loads(b) for b in (blocks[:1] if same else blocks)],
+    }
+
+
+def _block(layout: Mapping, layer: int) -> Block:
+    """The block of a layer from what `describe` wrote. Raises `PatchError` for anything else."""
+    try:
+        count, templates = layout["layers"], layout["blocks"]
+        if type(count) is not int or not layer < count <= _MAX_LAYERS or len(templates) not in (1, count):
+            raise ValueError(f"layer {layer} of {count!r}")
+        raw = json.loads(json.dumps(templates[layer if len(templates) > 1 else 0]).replace("{}", str(layer)))
+        gate = Rows(**raw.pop("gate"))
+        up = raw.pop("up")
+        return Block(**(raw | {"layer": layer}), gate=gate, up=None if up is None else Rows(**up))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise PatchError(
+            f"the patch does not say where its weights live ({error}); give --model so that the names can be looked up"
+        ) from None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one linear map: W_new - W_old = b @ a, with W of shape [outputs, inputs]."""
+
+    a: Tensor
+    """[rank, inputs] float32."""
+    b: Tensor
+    """[outputs, rank] float32."""
+    transposed: bool
+    """Whether the module stores W as [inputs, outputs] (`Conv1D`)."""
+
+
+def low_rank_changes(patch: Patch, layout: Mapping | None = None) -> dict[str, LowRank]:
+    """Module name -> change, for every linear map the patch touches; weights that do not change are left out.
+
+    layout: what `describe` gave; default the patch's own. Raises `PatchError` for changed biases (an adapter has none).
+    """
+    layout = layout if layout is not None else patch.base.get("layout") or {}
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    transposed: dict[str, bool] = {}
+    for edit in patch.edits:
+        block = _block(layout, edit.layer)
+        for role in edit.after:
+            delta = edit.after[role].float() - edit.before[role].float()
+            if not delta.any():
+                continue
+            if role.endswith("_bias"):
+                raise PatchError(
+                    f"{edit.where}: the patch changes a bias, which a LoRA adapter cannot hold; use `mint apply` to"
+                    " write the patched model instead"
+                )
+            module, pair = _rank_one(block, edit, role, delta)
+            transposed[module] = (block.out_axis == 0) if role == "out" else _rows(block, role).axis == 1
+            parts.setdefault(module, []).append(pair)
+    return {
+        module: LowRank(
+            torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs], 1), transposed[module]
+        )
+        for module, pairs in sorted(parts.items())
+    }
+
+
+def _rows(block: Block, role: str) -> Rows:
+    rows = block.gate if role.startswith("gate") else block.up
+    if rows is None:
+        raise PatchError(
+            f"the patch edits '{role}' weights, which a plain block has not; give the right --model"
+        )
+    return rows
+
+
+def _one_hot(index: int, size: int, where: str) -> Tensor:
+    if index >= size:
+        raise PatchError(f"{where}: the layer has neurons 0 to {size - 1}; give the model it was made on")
+    vector = torch.zeros(size)
+    vector[index] = 1.0
+    return vector
+
+
+def _rank_one(block: Block, edit: NeuronEdit, role: str, delta: Tensor) -> tuple[str, tuple[Tensor, Tensor]]:
+    """(module, (a [inputs], b [outputs])) of one changed row or column."""
+    if role == "out":
+        return block.out, (_one_hot(edit.index, block.d_ff, edit.where), delta)
+    rows = _rows(block, role)
+    fused = block.up is not None and block.up.module == block.gate.module
+    units = 2 * block.d_ff if fused else block.d_ff
+    return rows.module, (delta, _one_hot(rows.unit(edit.index), units, edit.where))
+
+
+def _padded(changes: Mapping[str, LowRank]) -> tuple[int, dict[str, LowRank]]:
+    """All changes at the largest rank, padded with zeros: serving software wants one rank for all modules."""
+    rank = max(c.a.shape[0] for c in changes.values())
+    return rank, {
+        module: LowRank(
+            torch.cat([c.a, torch.zeros(rank - c.a.shape[0], c.a.shape[1])]),
+            torch.cat([c.b, torch.zeros(c.b.shape[0], rank - c.b.shape[1])], 1),
+            c.transposed,
+        )
+        for module, c in changes.items()
+    }
+
+
+def _changes(patch: Patch, layout: Mapping | None) -> tuple[int, dict[str, LowRank]]:
+    changes = low_rank_changes(patch, layout)
+    if not changes:
+        raise PatchError("the patch changes nothing (was it scaled by 0?), so there is nothing to export")
+    return _padded(changes)
+
+
+# ---------------------------------------------------------------------- formats
+
+
+def to_peft(patch: Patch, out: str | Path, *, layout: Mapping | None = None, force: bool = False) -> Path:
+    """Write a directory that `PeftModel.from_pretrained(model, out)` loads; returns it.
+
+    layout: what `describe` gave; default the patch's own. Scaling is 1 (alpha = rank). The model stays in its dtype, the
+    adapter is float32. Raises `PatchError` if `out` exists (without `force`) or a bias changes.
+    """
+    rank, changes = _changes(patch, layout)
+    kinds = {c.transposed for c in changes.values()}
+    if len(kinds) > 1:
+        raise PatchError("the model mixes transposed and plain linear maps, which one adapter cannot hold")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": patch.base.get("name"),
+        "revision": patch.base.get("revision"),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": kinds.pop(),
+        "target_modules": sorted(changes),
+        "inference_mode": True,
+    }
+    tensors = {}
+    for module, change in changes.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = change.a.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = change.b.contiguous()
+    files = {
+        "adapter_config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
+        "adapter_model.safetensors": save_tensors(tensors, {"format": "pt"}),
+    }
+    return _write_folder(Path(out), files, force)
+
+
+def _write_folder(out: Path, files: Mapping[str, str | bytes], force: bool) -> Path:
+    """Write a folder whole or not at all."""
+    if out.exists() and not force:
+        raise PatchError(f"{out} exists; give another name, or --force to replace it")
+    if out.exists() and not (out.is_dir() and all(p.name in files for p in out.iterdir())):
+        raise PatchError(
+            f"{out} holds something else than an exported adapter; remove it yourself, or give another name"
+        )
+    try:
+        making = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise PatchError(f"cannot write {out} ({error.strerror}); nothing was written there") from None
+    try:
+        for name, data in files.items():
+            write_file(making / name, data)
+        making.chmod(0o755)
+        if out.exists():
+            old = making.with_name(making.name + ".old")
+            out.rename(old)
+            making.rename(out)
+            shutil.rmtree(old)
+        else:
+            making.rename(out)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return out
+
+
+def to_gguf_lora(
+    patch: Patch, out: str | Path, *, layout: Mapping | None = None, force: bool = False
+) -> Path:
+    """Write an adapter file in llama.cpp's format (`llama-cli --lora FILE`); returns its path.
+
+    The difference is exact; a base that llama.cpp holds quantised is not the model that was repaired, so generate once
+    there before trusting it. Raises `PatchError` if llama.cpp knows no such architecture.
+    """
+    import gguf
+
+    rank, changes = _changes(patch, layout)
+    layout = layout if layout is not None else patch.base["layout"]
+    model_type = layout.get("model_type")
+    name = _GGUF_NAMES.get(model_type, model_type)
+    arch = next((a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == name), None)
+    if arch is None:
+        raise PatchError(
+            f"llama.cpp has no architecture for model type '{model_type}'; use --format peft, or `mint apply`"
+        )
+    names = gguf.get_tensor_name_map(arch, layout["layers"])
+    tensors: dict[str, np.ndarray] = {}
+    for module, change in changes.items():
+        target = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if target is None:
+            raise PatchError(
+                f"llama.cpp has no tensor for '{module}' of architecture '{name}'; use --format peft, or `mint apply`"
+            )
+        tensors[f"{target}.lora_a"] = change.a.numpy()
+        tensors[f"{target}.lora_b"] = np.ascontiguousarray(change.b.numpy())
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "adapter.gguf"
+        writer = gguf.GGUFWriter(draft, name)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(rank))
+        for key, value in tensors.items():
+            writer.add_tensor(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return write_file(out, draft.read_bytes(), force=force)

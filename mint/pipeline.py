@@ -1,0 +1,406 @@
+"""Repair cases on one model: attribute, solve, verify by generation, measure the side effects, accept or refuse.
+
+The one loop of the product, and transactional: whatever happens, the model that was handed in keeps every bit, and a
+patch comes out only if the repaired model really wrote every target. Knows nothing about files or the command line.
+"""
+
+import copy
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+import torch
+
+from mint.case import Case, Keep, case_to_dict
+from mint.errors import CaseError, MintError
+from mint.evaluation import specificity
+from mint.evaluation.specificity import Specificity
+from mint.export import describe
+from mint.lm import LM, Encoded
+from mint.loading import DTYPES
+from mint.patch import Patch, apply, compose, revert, versions
+from mint.reference import passages, reference_texts
+from mint.solver.common import Problem, Settings, Solution, Solver, changed, margins
+
+KEEP_TOKENS = 32
+"""Most tokens of a model's own output that a `keep` prompt without a target protects."""
+SPECIFICITY = "specificity.jsonl"
+
+Say = Callable[[str], None]
+Attribute = Callable[[LM, Problem], Any]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks of a repair, beyond the cases."""
+
+    settings: Settings = field(default_factory=Settings)
+    solver: str = "mint"
+    stop: str = "auto"
+    """How a target ends; see `LM.encode`."""
+    keep: tuple[Keep, ...] = ()
+    """Outputs that must survive every repair."""
+    verify_dtypes: tuple[str, ...] = ()
+    """Names of dtypes in which the repaired model must write the target too."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What became of one case. Accepted if `reason` is None; `patch` is None where none was needed or found."""
+
+    case: Case
+    generated_before: str
+    generated_after: str
+    """What the model writes with the patch in; without a patch, the same as before."""
+    patch: Patch | None = None
+    reason: str | None = None
+    """Why there is no acceptable repair, one line."""
+    note: str | None = None
+    margin_min: float | None = None
+    """Smallest teacher-forced logit margin over the target, stop included, with the patch in."""
+    solution: Solution | None = None
+    attribution: Any = None
+    """The `Attribution`, where one was asked for."""
+    timing: dict[str, float] = field(default_factory=dict)
+    """Seconds by step: encode, attribute, solve, verify."""
+
+    @property
+    def success(self) -> bool:
+        return self.reason is None
+
+    @property
+    def neurons(self) -> list[dict]:
+        """The neurons changed: layer, index, kind."""
+        edits = self.patch.edits if self.patch else ()
+        return [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in edits]
+
+    @property
+    def seconds(self) -> float:
+        """All of the work on this case but the measuring of side effects."""
+        return sum(self.timing.values())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Repairs of one or more cases on one model, in order."""
+
+    repairs: tuple[Repair, ...]
+    patch: Patch | None
+    """All accepted repairs as one patch; None if none was needed or found."""
+    specificity: Specificity | None
+    """Side effects of that patch on the reference set that ships; None without a patch."""
+
+    @property
+    def success(self) -> bool:
+        return all(r.success for r in self.repairs)
+
+    @property
+    def reason(self) -> str | None:
+        """The first refusal."""
+        failed = next((r for r in self.repairs if not r.success), None)
+        if failed is None:
+            return None
+        return failed.reason if len(self.repairs) == 1 else f"case '{failed.case.id}': {failed.reason}"
+
+
+class _Refused(Exception):
+    """Ends one case; its text is the reason."""
+
+
+# ---------------------------------------------------------------------- the loop
+
+
+def repair(
+    lm: LM,
+    cases: Sequence[Case],
+    wishes: Wishes,
+    solve: Solver,
+    *,
+    attribute: Attribute | None = None,
+    say: Say = lambda _: None,
+) -> Outcome:
+    """Repair the cases one after another on one model; every repair protects the ones before it.
+
+    The model is bit-identical afterwards. solve: see `mint.solver.SOLVERS`. attribute: called for every case that needs
+    a repair, its result goes into `Repair.attribution`. say: told what happens. A case without an acceptable repair is
+    refused in its `Repair`; `CaseError` is raised for cases that cannot be used, before anything is solved.
+    """
+    _check_wishes(wishes)
+    encoded = [lm.encode(case, wishes.stop) for case in cases]
+    check_contradictions(lm, cases, encoded, wishes)
+    clean = None
+    repairs: list[Repair] = []
+    with ExitStack() as edits:
+        for number, case in enumerate(cases):
+            say(f"repairing {case.id}" + (f" ({number + 1} of {len(cases)})" if len(cases) > 1 else ""))
+            earlier = [e for e, r in zip(encoded, repairs, strict=False) if r.success]
+            used = {(e.layer, e.index) for r in repairs if r.patch for e in r.patch.edits}
+            done, before = _timed(lambda case=case, e=encoded[number]: lm.write(e, case))
+            timing = {"generate": done}
+            if before == case.target:
+                repairs.append(Repair(case, before, before, note=ALREADY_RIGHT, timing=timing))
+                continue
+            if clean is None:
+                say("measuring the model before the repair")
+                clean = specificity.baseline(lm, measured_sequences(lm, wishes))
+            problem = Problem(
+                case, encoded[number], _keeps(lm, case, wishes), tuple(earlier), frozenset(used)
+            )
+            accepted = _repair_one(lm, problem, wishes, solve, attribute, say, before, timing)
+            repairs.append(accepted)
+            if accepted.patch is not None:
+                edits.enter_context(changed(lm, accepted.patch))
+        patches = [r.patch for r in repairs if r.patch is not None]
+        effects = None
+        if patches and clean is not None:
+            say("measuring what else changed")
+            effects = specificity.compare(lm, clean)
+    patch = None
+    if patches:
+        whole = compose(patches) if len(patches) > 1 else patches[0]
+        patch = _signed(lm, whole, [r for r in repairs if r.patch], wishes, effects)
+    return Outcome(tuple(repairs), patch, effects)
+
+
+ALREADY_RIGHT = "the model already writes the target; no patch is needed"
+
+
+def _repair_one(
+    lm: LM,
+    problem: Problem,
+    wishes: Wishes,
+    solve: Solver,
+    attribute: Attribute | None,
+    say: Say,
+    before: str,
+    timing: dict[str, float],
+) -> Repair:
+    """Attribute, solve and verify one case; the model is as before when this returns or raises."""
+    found: dict[str, Any] = {}
+    try:
+        if attribute is not None:
+            say(f"{problem.case.id}: looking for the neurons behind the fault")
+            timing["attribute"], found["attribution"] = _timed(lambda: attribute(lm, problem))
+        say(f"{problem.case.id}: solving")
+        timing["solve"], solution = _timed(lambda: solve(lm, problem, wishes.settings))
+        found["solution"] = solution
+        patch = _patch_of(solution, wishes)
+        say(f"{problem.case.id}: generating with the repair")
+        started = time.perf_counter()
+        try:
+            with changed(lm, patch):
+                found |= verify(lm, problem, wishes)
+        finally:
+            timing["verify"] = time.perf_counter() - started
+    except _Refused as refusal:
+        return Repair(problem.case, before, before, reason=str(refusal), timing=timing, **found)
+    return Repair(problem.case, before, problem.case.target, patch, timing=timing, **found)
+
+
+def _patch_of(solution: Solution, wishes: Wishes) -> Patch:
+    if solution.change is None:
+        raise _Refused(solution.reason or f"solver '{solution.solver}' found nothing and gave no reason")
+    if not isinstance(solution.change, Patch):
+        raise _Refused(
+            f"solver '{solution.solver}' changes whole matrices, which no patch file can hold; compare it with"
+            " `mint evaluate`, repair with --solver mint"
+        )
+    if len(solution.change.edits) > wishes.settings.max_neurons:
+        raise _Refused(
+            f"solver '{solution.solver}' needs {len(solution.change.edits)} neurons, more than the"
+            f" {wishes.settings.max_neurons} allowed; raise --max-neurons"
+        )
+    return solution.change
+
+
+def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
+    """Prove a repair on the model that holds it, by generating: the target, what is kept, and earlier repairs.
+
+    Returns {margin_min}. Raises `_Refused` with what came out instead.
+    """
+    written = lm.write(problem.encoded, problem.case)
+    if written != problem.case.target:
+        raise _Refused(f"the edited model writes {_short(written)} instead of {_short(problem.case.target)}")
+    for what, kept in (("keep", problem.keep), ("an earlier repair", problem.earlier)):
+        for one in kept:
+            again = lm.generate([one.prompt], len(one.target))[0]
+            if again != list(one.target):
+                raise _Refused(
+                    f"the edit breaks {what}: behind {_short(lm.decode(one.prompt)[-40:])} it writes"
+                    f" {_short(lm.continuation(one.prompt, again))} instead of"
+                    f" {_short(lm.continuation(one.prompt, one.target))}"
+                )
+    for name in wishes.verify_dtypes:
+        other = _in_dtype(lm, name).write(problem.encoded, problem.case)
+        if other != problem.case.target:
+            raise _Refused(
+                f"the repair holds in {str(lm.dtype).removeprefix('torch.')}, but in {name} the model writes"
+                f" {_short(other)}; ask for a larger --margin"
+            )
+    with torch.no_grad():
+        return {"margin_min": float(margins(lm, problem.encoded).min())}
+
+
+def _in_dtype(lm: LM, name: str) -> LM:
+    """A copy of the model in another dtype (twice the memory while it lives)."""
+    return replace(lm, model=copy.deepcopy(lm.model).to(DTYPES[name]), _modules={}, _parameters={})
+
+
+# ---------------------------------------------------------------------- what must hold
+
+
+def _check_wishes(wishes: Wishes) -> None:
+    unknown = [d for d in wishes.verify_dtypes if d not in DTYPES]
+    if unknown:
+        raise MintError(f"unknown dtype '{unknown[0]}'; known are {', '.join(DTYPES)}")
+
+
+def _keeps(lm: LM, case: Case, wishes: Wishes) -> tuple[Encoded, ...]:
+    """What must stay: targets where given (which the model must write now), else what the model writes now."""
+    found = []
+    for keep in (*wishes.keep, *case.keep):
+        if keep.target is None:
+            found.append(_own_output(lm, keep))
+            continue
+        kept = Case("keep", keep.prompt, keep.target)
+        encoded = lm.encode(kept, wishes.stop)
+        written = lm.write(encoded, kept)
+        if written != keep.target:
+            raise CaseError(
+                f"keep: behind {_short(keep.prompt)} the model writes {_short(written)}, not"
+                f" {_short(keep.target)}; only what holds now can be kept: make it a case of its own"
+            )
+        found.append(encoded)
+    return tuple(e for e in found if e.target)
+
+
+def _own_output(lm: LM, keep: Keep) -> Encoded:
+    prompt = lm.encode_prompt(keep.prompt)
+    room = min(KEEP_TOKENS, lm.context - len(prompt))
+    return Encoded(tuple(prompt), tuple(lm.generate([prompt], room, [2])[0]))
+
+
+def check_contradictions(
+    lm: LM, cases: Sequence[Case], encoded: Sequence[Encoded], wishes: Wishes = Wishes()
+) -> None:
+    """Raise `CaseError` if two cases, or a case and a kept target, want different tokens behind the same text."""
+    wanted: list[tuple[str, Encoded]] = [(f"case '{c.id}'", e) for c, e in zip(cases, encoded, strict=True)]
+    for keep in {k for c in cases for k in c.keep}.union(wishes.keep):
+        if keep.target is not None:
+            kept = lm.encode(Case("keep", keep.prompt, keep.target), wishes.stop)
+            wanted.append((f"keep {_short(keep.prompt)}", kept))
+    says: dict[tuple[int, ...], tuple[str, int]] = {}
+    for name, one in wanted:
+        ids = one.ids
+        for position in one.positions:
+            prefix, token = tuple(ids[: position + 1]), ids[position + 1]
+            other, theirs = says.setdefault(prefix, (name, token))
+            if theirs != token:
+                raise CaseError(
+                    f"{other} and {name} contradict each other: behind {_short(lm.decode(prefix)[-60:])} one wants"
+                    f" {_short(lm.decode([theirs]))}, the other {_short(lm.decode([token]))}; drop one of them"
+                )
+
+
+def measured_sequences(lm: LM, wishes: Wishes = Wishes()) -> list[specificity.Measured]:
+    """What side effects are measured on: the lines that ship, and the user's own reference text."""
+    text = (resources.files("mint") / "data" / SPECIFICITY).read_text(encoding="utf-8")
+    found = []
+    for number, row in enumerate(map(json.loads, text.splitlines()), start=1):
+        case = Case(f"{SPECIFICITY}:{number}", row["prompt"], row["target"])
+        try:
+            found.append(specificity.of_case(lm.encode(case, "none")))
+        except CaseError:
+            continue  # a tokenizer that cannot write a line, or a tiny context: the others do
+    extra = getattr(wishes.settings, "reference", ())
+    if extra:
+        own = reference_texts(extra)[len(reference_texts()) :]
+        found += [specificity.of_ids(ids) for ids in passages(lm, own)]
+    return found
+
+
+# ---------------------------------------------------------------------- the record
+
+
+def _signed(
+    lm: LM, patch: Patch, repairs: Sequence[Repair], wishes: Wishes, effects: Specificity | None
+) -> Patch:
+    """The patch with its provenance: the cases, the settings, what was measured, and where the weights live."""
+    info = {
+        "cases": [
+            case_to_dict(r.case)
+            | {"generated_before": r.generated_before, "margin_min": r.margin_min, "neurons": r.neurons}
+            for r in repairs
+        ],
+        "solver": wishes.solver,
+        "stop": wishes.stop,
+        "chat": lm.template is not None,
+        "settings": _jsonable(asdict(wishes.settings)),
+        "measured": None if effects is None else _jsonable(effects.as_dict()),
+        "versions": versions(),
+    }
+    return replace(patch, base=patch.base | {"layout": describe(lm)}, info=info)
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def _short(text: str, longest: int = 60) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]
+
+
+# ---------------------------------------------------------------------- as JSON
+
+
+def repair_as_dict(one: Repair) -> dict:
+    """JSON values of one case's repair."""
+    return {
+        "id": one.case.id,
+        "success": one.success,
+        "generated_before": one.generated_before,
+        "generated_after": one.generated_after,
+        "target": one.case.target,
+        "neurons": one.neurons,
+        "margin_min": one.margin_min,
+        "seconds": round(one.seconds, 4),
+        "timing": {step: round(seconds, 4) for step, seconds in one.timing.items()},
+        "reason": one.reason,
+        "note": one.note,
+        "details": _jsonable(one.solution.details) if one.solution else {},
+    }
+
+
+def outcome_as_dict(outcome: Outcome, patch_path: str | None) -> dict:
+    """The object that `mint repair --json` prints. With several cases the texts stand in `cases` only."""
+    single = repair_as_dict(outcome.repairs[0]) if len(outcome.repairs) == 1 else {}
+    margins_ = [r.margin_min for r in outcome.repairs if r.margin_min is not None]
+    steps = sorted({s for r in outcome.repairs for s in r.timing})
+    neurons = [n for r in outcome.repairs for n in r.neurons]
+    return {
+        "success": outcome.success,
+        "generated_before": single.get("generated_before"),
+        "generated_after": single.get("generated_after"),
+        "target": single.get("target"),
+        "neurons": neurons,
+        "margin_min": min(margins_, default=None),
+        "seconds": round(sum(r.seconds for r in outcome.repairs), 4),
+        "timing": {s: round(sum(r.timing.get(s, 0.0) for r in outcome.repairs), 4) for s in steps},
+        "specificity": outcome.specificity.as_dict() if outcome.specificity else None,
+        "patch": patch_path,
+        "reason": outcome.reason,
+        "note": single.get("note"),
+        "cases": [repair_as_dict(r) for r in outcome.repairs],
+    }

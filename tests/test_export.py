@@ -1,0 +1,143 @@
+"""Exported adapters give the logits of the patched model; what cannot be exported is refused in one line."""
+
+import json
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from mint import patch as P
+from mint.errors import PatchError
+from mint.export import _block, describe, low_rank_changes, to_gguf_lora, to_peft
+from tests.conftest import FAMILIES, tiny_lm
+
+IDS = [5, 40, 77, 12, 200, 9]
+PLACES = ((1, 7, "rewrite"), (1, 9, "value"), (2, 3, "value"))
+
+
+def exportable(lm, places=PLACES):
+    """Random edits that leave biases alone, with the layout that `mint repair` writes into a patch."""
+    torch.manual_seed(3)
+    edits = []
+    for layer, index, kind in places:
+        now = P.read_neuron(lm, layer, index)
+        roles = ("out",) if kind == "value" else tuple(now)
+        after = {r: now[r] if r.endswith("bias") else torch.randn(now[r].shape) for r in roles}
+        edits.append(P.make_edit(lm, layer, index, after))
+    return P.Patch(tuple(edits), P.identity(lm) | {"layout": describe(lm)}, {})
+
+
+def test_the_layout_survives_its_description(any_lm):
+    described = json.loads(json.dumps(describe(any_lm)))
+    assert len(described["blocks"]) == 1
+    for block in any_lm.layout.blocks:
+        assert _block(described, block.layer) == block
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_low_rank_change_is_the_change(family):
+    lm = tiny_lm(family)
+    patch = exportable(lm)
+    before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+    with P.applied(lm, patch):
+        after = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+    changes = low_rank_changes(patch)
+    for module, change in changes.items():
+        delta = after[f"{module}.weight"] - before[f"{module}.weight"]
+        delta = delta.T if change.transposed else delta
+        torch.testing.assert_close(change.b @ change.a, delta, atol=0, rtol=0)
+    moved = {n.removesuffix(".weight") for n in before if not torch.equal(before[n], after[n])}
+    assert moved == set(changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "qwen2", "starcoder2"])
+def test_peft_loads_it_and_writes_the_same_logits(family, tmp_path):
+    lm = tiny_lm(family)
+    patch = exportable(lm)
+    with torch.no_grad():
+        with P.applied(lm, patch):
+            wanted = lm.model(torch.tensor([IDS])).logits
+        clean = lm.model(torch.tensor([IDS])).logits
+        to_peft(patch, tmp_path / "adapter")
+        adapted = PeftModel.from_pretrained(lm.model, tmp_path / "adapter")
+        found = adapted(torch.tensor([IDS])).logits
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+        assert (clean - wanted).abs().max() > 0.1
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(torch.tensor([IDS])).logits, wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_a_changed_bias_cannot_be_exported(tmp_path, plain_lm):
+    now = P.read_neuron(plain_lm, 0, 0)
+    edit = P.make_edit(plain_lm, 0, 0, now | {"gate_bias": torch.tensor(9.0)})
+    patch = P.Patch((edit,), P.identity(plain_lm) | {"layout": describe(plain_lm)}, {})
+    for write in (to_peft, to_gguf_lora):
+        with pytest.raises(PatchError, match="changes a bias, which a LoRA adapter cannot hold"):
+            write(patch, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_patch_without_names_asks_for_the_model(tmp_path, lm):
+    patch = exportable(lm)
+    bare = replace(patch, base=P.identity(lm))
+    for bad in (bare, replace(patch, base=bare.base | {"layout": {"layers": 3, "blocks": [{"gate": 3}]}})):
+        with pytest.raises(PatchError, match="give --model"):
+            to_peft(bad, tmp_path / "x")
+    to_peft(bare, tmp_path / "x", layout=describe(lm))
+
+
+def test_a_patch_that_changes_nothing_is_refused(tmp_path, lm):
+    with pytest.raises(PatchError, match="nothing to export"):
+        to_peft(P.scale(exportable(lm), 0), tmp_path / "x")
+
+
+def test_existing_output_is_kept_without_force(tmp_path, lm):
+    patch = exportable(lm)
+    out = to_peft(patch, tmp_path / "adapter")
+    with pytest.raises(PatchError, match="--force"):
+        to_peft(patch, out)
+    first = {p.name: p.read_bytes() for p in out.iterdir()}
+    to_peft(patch, out, force=True)
+    assert first == {p.name: p.read_bytes() for p in out.iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(PatchError, match="holds something else"):
+        to_peft(patch, tmp_path / "mine", force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "mine"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen2", "mistral", "gpt_neox"])
+def test_gguf_adapters_read_back(family, tmp_path):
+    lm = tiny_lm(family)
+    patch = exportable(lm)
+    path = to_gguf_lora(patch, tmp_path / "a.gguf")
+    reader = gguf.GGUFReader(path)
+
+    def value(key):
+        return reader.fields[key].contents()
+
+    assert value("general.type") == "adapter" and value("adapter.type") == "lora"
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    rank = next(iter(tensors.values())).shape[0]
+    assert value("adapter.lora.alpha") == rank
+    products = {
+        n.removesuffix(".lora_a"): tensors[n.removesuffix("a") + "b"] @ tensors[n]
+        for n in tensors
+        if n.endswith(".lora_a")
+    }
+    assert len(products) * 2 == len(tensors)
+    changes = low_rank_changes(patch)
+    wanted = sorted(((c.b @ c.a).numpy() for c in changes.values()), key=lambda m: (m.shape, m.sum()))
+    found = sorted(products.values(), key=lambda m: (m.shape, m.sum()))
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert "blk.2.ffn_down.weight" in products
+
+
+def test_gguf_refuses_what_llama_cpp_does_not_know(tmp_path):
+    lm = tiny_lm("codegen")
+    with pytest.raises(PatchError, match="no architecture for model type 'codegen'"):
+        to_gguf_lora(exportable(lm), tmp_path / "a.gguf")
