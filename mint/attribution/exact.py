@@ -240,15 +240,45 @@ def exact_scores(
 ) -> Tensor:
     """Exact change of the metric when each (layer, index) alone is replaced by its reference at the fault. [k].
 
-    Denoising if the run is the faulty one and the reference healthy. reference: as in `linear_scores`.
+    Denoising if the run is the faulty one and the reference healthy. reference: as in `linear_scores`. Candidates of
+    neighbouring layers share a batch that starts at the lowest of them: few large batches beat many small ones.
     """
-    scores = torch.zeros(len(candidates))
-    for layer in sorted({layer for layer, _ in candidates}):
-        rows = [i for i, (at, _) in enumerate(candidates) if at == layer]
-        index = torch.tensor([candidates[i][1] for i in rows])
-        values = reference_at(run, reference, layer).cpu()[index]
-        scores[torch.tensor(rows)] = patch_layer(lm, run, layer, index, values)
+    values = {layer: reference_at(run, reference, layer).cpu() for layer in {at for at, _ in candidates}}
+    members = [(layer, index, float(values[layer][index])) for layer, index in candidates]
+    scores = torch.zeros(len(members))
+    for group in _groups(members, _rows(run, False)):
+        scores[torch.tensor(group)] = _patch_group(lm, run, [members[i] for i in group])
     return scores
+
+
+def _groups(members: Sequence[tuple[int, int, float]], limit: int) -> Iterator[list[int]]:
+    """Places of the members in batches of neighbouring layers."""
+    size = min(limit, max(32, len(members) // 6))
+    order = sorted(range(len(members)), key=lambda i: members[i][0])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _patch_group(lm: LM, run: Run, members: Sequence[tuple[int, int, float]]) -> Tensor:
+    """Exact effects of single neurons (layer, index, value) of several layers, one row each and an unpatched one. [k]."""
+    metric = rerun(lm, run, _one_each(members), len(members) + 1)
+    return (metric[:-1] - metric[-1]).cpu()
+
+
+def _one_each(members: Sequence[tuple[int, int, float]]) -> dict[int, Change]:
+    """Changes that set neuron i (layer, index, value) in row i alone, at the last position."""
+    changes: dict[int, Change] = {}
+    for layer in sorted({layer for layer, _, _ in members}):
+        rows = [(row, index, value) for row, (at, index, value) in enumerate(members) if at == layer]
+        row, index, value = (torch.tensor(part) for part in zip(*rows, strict=True))
+
+        def change(n: Tensor, row=row, index=index, value=value) -> Tensor:
+            n = n.clone()
+            n[row.to(n.device), -1, index.to(n.device)] = value.to(n.device, n.dtype)
+            return n
+
+        changes[layer] = change
+    return changes
 
 
 def exact_everywhere(
@@ -278,9 +308,8 @@ def exact_all(
     return out
 
 
-def set_at_fault(run: Run, members: Sequence[tuple[int, int, float]]) -> dict[int, Change]:
+def set_at_fault(members: Sequence[tuple[int, int, float]]) -> dict[int, Change]:
     """Changes for `rerun` that set several neurons (layer, index, value) together at the fault's position."""
-    del run
     changes: dict[int, Change] = {}
     for layer in sorted({layer for layer, _, _ in members}):
         chosen = [(index, value) for at, index, value in members if at == layer]
@@ -301,4 +330,75 @@ def joint_effect(lm: LM, run: Run, members: Sequence[tuple[int, int, float]]) ->
         return 0.0
     lowest = min(layer for layer, _, _ in members)
     base = float(rerun(lm, run, {lowest: lambda n: n}, 1)[0])
-    return float(rerun(lm, run, set_at_fault(run, members), 1)[0]) - base
+    return float(rerun(lm, run, set_at_fault(members), 1)[0]) - base
+
+
+def leave_one_out(lm: LM, run: Run, members: Sequence[tuple[int, int, float]]) -> Tensor:
+    """Noising without a healthy prompt: effect of each neuron's replacement where all other members are replaced. [k].
+
+    Entry i = M(all replaced) - M(all but i replaced): the healthy run is the one with every member replaced, and the
+    neuron's faulty value is put back into it. Negative: its faulty value alone brings the fault back.
+    """
+    if not members:
+        return torch.zeros(0)
+    k = len(members)
+    changes: dict[int, Change] = {}
+    for layer in sorted({layer for layer, _, _ in members}):
+        chosen = [(i, index, value) for i, (at, index, value) in enumerate(members) if at == layer]
+
+        def change(n: Tensor, chosen=tuple(chosen), layer=layer) -> Tensor:
+            n = n.clone()
+            for i, index, value in chosen:
+                n[:, -1, index] = value
+                n[i, -1, index] = run.neurons[layer][-1, index].to(n.device)
+            return n
+
+        changes[layer] = change
+    metric = rerun(lm, run, changes, k + 1)
+    return (metric[-1] - metric[:-1]).cpu()
+
+
+def noise_scores(lm: LM, healthy: Run, run: Run, candidates: Sequence[tuple[int, int]]) -> Tensor:
+    """Noising: each neuron's faulty activation put into the healthy run at its last position. [k].
+
+    Same sign as denoising: M(healthy) - M(healthy with the faulty activation), so a guilty neuron is negative.
+    """
+    faulty = [n[-1].float() for n in run.neurons]
+    return -exact_scores(lm, healthy, candidates, faulty)
+
+
+def row_logits(lm: LM, run: Run, members: Sequence[tuple[int, int, float]]) -> Tensor:
+    """Logits at the fault with each neuron (layer, index, value) patched alone, and unpatched last, [k + 1, vocab]."""
+    return rerun(lm, run, _one_each(members), len(members) + 1, full=True)
+
+
+def block_effects(
+    lm: LM,
+    run: Run,
+    reference: Sequence[Tensor],
+    positions: Sequence[int],
+    layers: Sequence[int] | None = None,
+) -> Tensor:
+    """Exact change of the metric when a whole block is set to its reference at one position. [layers, positions].
+
+    Blocks linearise badly, so there is no linear version. Each layer runs one batch of whole sequences.
+    """
+    out = []
+    for layer in range(lm.n_layers) if layers is None else layers:
+        wanted = reference[layer]
+
+        def change(n: Tensor, wanted=wanted) -> Tensor:
+            n = n.clone()
+            value = wanted.to(n.device, n.dtype)
+            for row, position in enumerate(chunk):  # noqa: B023 (used within this turn of the loop)
+                n[row, position] = value[position] if value.dim() == 2 else value
+            return n
+
+        parts = []
+        step = _rows(run, True)
+        for start in range(0, len(positions), step):
+            chunk = positions[start : start + step]
+            metric = rerun(lm, run, {layer: change}, len(chunk) + 1, everywhere=True)
+            parts.append((metric[:-1] - metric[-1]).cpu())
+        out.append(torch.cat(parts))
+    return torch.stack(out)
