@@ -5,11 +5,10 @@ patch comes out only if the repaired model really wrote every target. Knows noth
 """
 
 import copy
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from typing import Any
@@ -23,7 +22,7 @@ from mint.evaluation.specificity import Specificity
 from mint.export import describe
 from mint.lm import LM, Encoded
 from mint.loading import DTYPES
-from mint.patch import Patch, apply, compose, revert, versions
+from mint.patch import Patch, compose, versions
 from mint.reference import passages, reference_texts
 from mint.solver.common import Problem, Settings, Solution, Solver, changed, margins
 
