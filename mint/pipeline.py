@@ -7,7 +7,7 @@ patch comes out only if the repaired model really wrote every target. Knows noth
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mint.case import Case, Keep, case_to_dict
+from mint.case import Case, Keep, case_from_dict, case_to_dict
 from mint.errors import CaseError, MintError
 from mint.evaluation import specificity
 from mint.evaluation.specificity import Specificity
@@ -46,6 +46,8 @@ class Wishes:
     """Outputs that must survive every repair."""
     verify_dtypes: tuple[str, ...] = ()
     """Names of dtypes in which the repaired model must write the target too."""
+    applied: tuple[Patch, ...] = ()
+    """Patches that the model holds already: the repairs in them are protected, their neurons not used again."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,13 @@ def repair(
     _check_wishes(wishes)
     encoded = [lm.encode(case, wishes.stop) for case in cases]
     check_contradictions(lm, cases, encoded, wishes)
-    clean = None
+    clean, protected, taken = None, _earlier(lm, wishes), _neurons(wishes.applied)
     repairs: list[Repair] = []
     with ExitStack() as edits:
         for number, case in enumerate(cases):
             say(f"repairing {case.id}" + (f" ({number + 1} of {len(cases)})" if len(cases) > 1 else ""))
-            earlier = [e for e, r in zip(encoded, repairs, strict=False) if r.success]
-            used = {(e.layer, e.index) for r in repairs if r.patch for e in r.patch.edits}
+            earlier = [*protected, *(e for e, r in zip(encoded, repairs, strict=False) if r.success)]
+            used = taken | _neurons([r.patch for r in repairs if r.patch])
             done, before = _timed(lambda case=case, e=encoded[number]: lm.write(e, case))
             timing = {"generate": done}
             if before == case.target:
@@ -278,6 +280,24 @@ def _keeps(lm: LM, case: Case, wishes: Wishes) -> tuple[Encoded, ...]:
     return tuple(e for e in found if e.target)
 
 
+def _neurons(patches: Iterable[Patch]) -> frozenset[tuple[int, int]]:
+    return frozenset((e.layer, e.index) for p in patches for e in p.edits)
+
+
+def _earlier(lm: LM, wishes: Wishes) -> list[Encoded]:
+    """The repairs recorded in the patches that the model holds, as far as they hold (a patch may have been scaled)."""
+    found = []
+    for number, record in enumerate(c for p in wishes.applied for c in p.info.get("cases") or []):
+        try:
+            case = case_from_dict({k: record[k] for k in ("prompt", "target")} | {"id": f"earlier {number}"})
+            encoded = lm.encode(case, wishes.stop)
+        except (CaseError, KeyError, TypeError):
+            continue  # the record is for people; a patch without a usable one still applies
+        if lm.write(encoded, case) == case.target:
+            found.append(encoded)
+    return found
+
+
 def _own_output(lm: LM, keep: Keep) -> Encoded:
     prompt = lm.encode_prompt(keep.prompt)
     room = min(KEEP_TOKENS, lm.context - len(prompt))
@@ -316,9 +336,8 @@ def measured_sequences(lm: LM, wishes: Wishes = Wishes()) -> list[specificity.Me
             found.append(specificity.of_case(lm.encode(case, "none")))
         except CaseError:
             continue  # a tokenizer that cannot write a line, or a tiny context: the others do
-    extra = getattr(wishes.settings, "reference", ())
-    if extra:
-        own = reference_texts(extra)[len(reference_texts()) :]
+    if wishes.settings.reference:
+        own = reference_texts(wishes.settings.reference)[len(reference_texts()) :]
         found += [specificity.of_ids(ids) for ids in passages(lm, own)]
     return found
 

@@ -33,6 +33,8 @@ class Settings:
     """Layers to edit in; None: the solver chooses."""
     learn_rephrasings: bool = False
     """Whether the case's own rephrasings may be learnt from."""
+    reference: tuple[str, ...] = ()
+    """The user's own text files, for `mint.reference.statistics` beside the text that ships."""
     seed: int = 0
 
 
