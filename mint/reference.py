@@ -22,7 +22,7 @@ from mint.lm import LM
 from mint.loading import cache_dir
 from mint.neurons import record, record_block_inputs
 
-_VERSION = 1
+_VERSION = 2
 WINDOW = 192
 """Tokens of one reference passage; longer texts are cut into passages."""
 
@@ -37,7 +37,8 @@ class Statistics:
     inputs_mean: list[Tensor]
     """mu = E[x], [d_model] a layer."""
     neurons_mean: list[Tensor]
-    """E[n], [d_ff] a layer."""
+    """E[n], [d_ff] a layer, without the first token of each passage, where models park outliers a thousand times larger
+    than anything behind it: with them the mean is no typical value."""
     neurons_square: list[Tensor]
     """E[n^2], [d_ff] a layer."""
     key: str
@@ -120,7 +121,7 @@ def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics
         "neurons_mean": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
         "neurons_square": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
     }
-    tokens = 0
+    tokens = inner_tokens = 0
     order = sorted(sequences, key=len)
     while order:
         batch = [order.pop()]
@@ -129,7 +130,10 @@ def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics
         real = torch.zeros(len(batch), len(batch[0]), dtype=torch.bool)
         for row, ids in enumerate(batch):
             real[row, : len(ids)] = True
+        inner = real.clone()
+        inner[:, 0] = False
         tokens += int(real.sum())
+        inner_tokens += int(inner.sum())
         with record(lm) as neurons, record_block_inputs(lm) as inputs:
             lm.logits(batch, [[0] for _ in batch])
         for layer in layers:
@@ -137,9 +141,11 @@ def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics
             n = neurons[layer][real.to(neurons[layer].device)].float()
             sums["inputs_second"][layer] += (x.T @ x).double().cpu()
             sums["inputs_mean"][layer] += x.sum(0).double().cpu()
-            sums["neurons_mean"][layer] += n.sum(0).double().cpu()
+            at = inner.to(neurons[layer].device)
+            sums["neurons_mean"][layer] += neurons[layer][at].float().sum(0).double().cpu()
             sums["neurons_square"][layer] += n.square().sum(0).double().cpu()
-    means = {name: [(s / max(tokens, 1)).float() for s in values] for name, values in sums.items()}
+    count = dict.fromkeys(sums, max(tokens, 1)) | {"neurons_mean": max(inner_tokens, 1)}
+    means = {name: [(s / count[name]).float() for s in values] for name, values in sums.items()}
     return Statistics(tokens, **means, key=key)
 
 
