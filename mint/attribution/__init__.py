@@ -2,5 +2,14 @@
 
 from mint.attribution.faults import Fault, find_faults, first_fault
 from mint.attribution.linear import LinearScores, linear_scores
+from mint.attribution.report import Attribution, attribute
 
-__all__ = ["Fault", "LinearScores", "find_faults", "first_fault", "linear_scores"]
+__all__ = [
+    "Attribution",
+    "Fault",
+    "LinearScores",
+    "attribute",
+    "find_faults",
+    "first_fault",
+    "linear_scores",
+]
