@@ -86,7 +86,7 @@ def statistics(
     extra: the user's own text files. One forward a passage; memory is one d_model x d_model matrix a layer.
     """
     texts = reference_texts(extra)
-    key = _key(lm, texts)
+    key = reference_key(lm, texts)
     path = cache_dir() / "statistics" / f"{key}.safetensors"
     if cache and path.exists():
         try:
@@ -100,7 +100,8 @@ def statistics(
     return found
 
 
-def _key(lm: LM, texts: Sequence[str]) -> str:
+def reference_key(lm: LM, texts: Sequence[str]) -> str:
+    """SHA-256 of all that statistics of the model on these texts depend on."""
     digest = hashlib.sha256()
     digest.update(
         json.dumps([_VERSION, WINDOW, lm.fingerprint, str(lm.dtype), lm.tokenizer_hash, texts]).encode()

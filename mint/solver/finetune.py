@@ -54,8 +54,10 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
                 return changed_matrices(NAME, lm, before, started, smallest, steps=step, loss=loss.item())
             if step < STEPS:
                 _descend(lm, trace.gradients(loss))
-    reason = f"a target token is still {wanted - smallest:.2f} below the wanted margin after {STEPS} SGD steps"
-    return refused(NAME, reason, started, smallest, steps=STEPS, loss=loss.item())
+    reason = (
+        f"a target token is still {wanted - smallest:.2f} below the wanted margin after {STEPS} SGD steps"
+    )
+    return refused(NAME, reason, started, margin_reached=smallest, steps=STEPS, loss=loss.item())
 
 
 @torch.no_grad()

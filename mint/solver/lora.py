@@ -76,7 +76,9 @@ def _wrapped(lm: LM, layers: Sequence[int], seed: int) -> Iterator[dict[int, nn.
             parameter.requires_grad_(flags[name])
 
 
-def _train(lm: LM, problem: Problem, wrapped: dict[int, nn.Module], wanted: float) -> tuple[int, float, float]:
+def _train(
+    lm: LM, problem: Problem, wrapped: dict[int, nn.Module], wanted: float
+) -> tuple[int, float, float]:
     """Adam on the adapters until all margins exceed `wanted`: (steps, loss, smallest margin)."""
     parameters = [p for module in wrapped.values() for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=RATE)
@@ -117,7 +119,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
         deltas = _deltas(wrapped)
     if not smallest > wanted:
         reason = f"a target token is still {wanted - smallest:.2f} below the wanted margin after {STEPS} Adam steps"
-        return refused(NAME, reason, started, smallest, steps=steps, loss=loss)
+        return refused(NAME, reason, started, margin_reached=smallest, steps=steps, loss=loss)
     with restored(lm, output_names(lm, layers)) as before, torch.no_grad():
         for layer, name in zip(layers, before, strict=True):
             weight = lm.parameter(name)
@@ -125,5 +127,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
         smallest = float(margins(lm, problem.encoded).min())
         if smallest > wanted:
             return changed_matrices(NAME, lm, before, started, smallest, steps=steps, loss=loss)
-    reason = f"merged into {lm.dtype} weights, a target token is {wanted - smallest:.2g} below the wanted margin"
-    return refused(NAME, reason, started, smallest, steps=steps, loss=loss)
+    reason = (
+        f"merged into {lm.dtype} weights, a target token is {wanted - smallest:.2g} below the wanted margin"
+    )
+    return refused(NAME, reason, started, margin_reached=smallest, steps=steps, loss=loss)

@@ -97,7 +97,8 @@ def traced(lm: LM, layers: Sequence[int]) -> Iterator[Trace]:
                 output = output if output.requires_grad else output.detach().requires_grad_()
                 trace.neurons[layer] = args[0].detach().reshape(-1, args[0].shape[-1])
                 trace.outputs[layer] = output
-                return output
+                # A copy goes on: some models add to it in place.
+                return output.clone()
 
             stack.callback(lm.module(lm.block(layer).out).register_forward_hook(hook).remove)
         yield trace
@@ -110,7 +111,10 @@ def forced(lm: LM, encoded: Encoded) -> tuple[Tensor, Tensor]:
 
 
 def refused(solver: str, reason: str, started: float, smallest: float | None = None, **details) -> Solution:
-    """A solution without a change."""
+    """A solution without a change. smallest: the margin of the model as it is, where that is the point.
+
+    details: JSON values; `margin_reached` is the smallest margin at the end of the failed attempt.
+    """
     return Solution(solver, None, reason, smallest, time.perf_counter() - started, details)
 
 

@@ -181,7 +181,9 @@ def _present(lm: LM, start: _Start, layers: Sequence[int]) -> tuple[Tensor, dict
     return logits, states.hidden | {start.layer: start.hidden}
 
 
-def _gaps(lm: LM, start: _Start, hidden: dict[int, Tensor], tried: list[Neuron], direction: Tensor, target: int):
+def _gaps(
+    lm: LM, start: _Start, hidden: dict[int, Tensor], tried: list[Neuron], direction: Tensor, target: int
+):
     """p(argmax) - p(target) after one edit of each candidate alone, in the order of `tried`."""
     gaps: dict[Neuron, float] = {}
     for layer in sorted({layer for layer, _ in tried}):
@@ -244,7 +246,9 @@ def _repair_token(
             break
         if direction is None:
             # The rival first seen stays in the direction to the end, as in the authors' code.
-            rival = int(logits.index_fill(0, torch.tensor([target], device=logits.device), -torch.inf).argmax())
+            rival = int(
+                logits.index_fill(0, torch.tensor([target], device=logits.device), -torch.inf).argmax()
+            )
             direction = _direction(lm, target, rival)
         gaps = _gaps(lm, start, hidden, tried, direction, target)
         best = tried[min(range(len(tried)), key=gaps.__getitem__)]
@@ -268,7 +272,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     if float(first.min()) > wanted:
         return refused(NAME, ALREADY_RIGHT, started, float(first.min()))
     if not fits(lm):
-        return refused(NAME, UNFIT, started, float(first.min()))
+        return refused(NAME, UNFIT, started)
     columns = _Columns(lm)
     found: dict[int, int | None] = {}
     try:
@@ -292,7 +296,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
             f"{wrong} of {len(encoded.target)} target tokens are not right at the end; {len(details['skipped'])} were"
             f" given up after {EDITS} edits"
         )
-        return refused(NAME, reason, started, smallest, **details)
+        return refused(NAME, reason, started, margin_reached=smallest, **details)
     changes = tuple(make_edit(lm, *neuron, {"out": column}) for neuron, column in after.items())
     kept = tuple(edit for edit in changes if not torch.equal(edit.before["out"], edit.after["out"]))
     info = {"solver": NAME, "cases": [case_to_dict(problem.case)], "versions": versions()}

@@ -15,18 +15,22 @@ earlier repairs, `max_neurons`, `generalize` and `where`; `settings.layers` must
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mint.errors import MintError
-from mint.lm import LM
-from mint.neurons import record
-from mint.reference import passages, reference_texts
+from mint.errors import MintError, PatchError
+from mint.lm import LM, Encoded
+from mint.loading import cache_dir
+from mint.neurons import States, record, record_states, suffix_logits
+from mint.patch import write_file
+from mint.reference import passages, reference_key, reference_texts
 from mint.solver.common import Problem, Settings, Solution, margins, margins_of
 from mint.solver.matrices import (
     ALREADY_RIGHT,
@@ -54,38 +58,80 @@ _FACTORS: WeakKeyDictionary = WeakKeyDictionary()
 
 @torch.no_grad()
 def _factor(lm: LM, layer: int) -> Tensor:
-    """Cholesky factor of the ridged C = E[n n'] of a layer, [d_ff, d_ff] float32.
+    """Cholesky factor of the ridged C = E[n n'] of a layer, [d_ff, d_ff] float32 on CPU.
 
-    Kept in memory per model and layer, as first seen: as in ROME, later edits of the same model do not renew it.
+    Kept in memory per model and layer, as first seen: as in ROME, later edits of the same model do not renew it. C is
+    kept in the cache folder too, keyed by the model's weights and the reference text.
     """
     kept = _FACTORS.setdefault(lm.model, {})
     if layer not in kept:
-        kept[layer] = torch.linalg.cholesky(_second_moment(lm, layer))
+        kept[layer] = torch.linalg.cholesky(_ridged(_cached_moment(lm, layer)))
     return kept[layer]
 
 
-def _second_moment(lm: LM, layer: int) -> Tensor:
+def _ridged(moment: Tensor) -> Tensor:
+    # Without reference text: the identity, all directions cost the same.
+    ridge = RIDGE * float(moment.diagonal().mean()) or 1.0
+    return moment + ridge * torch.eye(len(moment))
+
+
+def _cached_moment(lm: LM, layer: int) -> Tensor:
+    texts = reference_texts()
+    path = cache_dir() / "statistics" / f"neurons-{layer}-{reference_key(lm, texts)}.safetensors"
+    if path.exists():
+        try:
+            return load_file(path)["second"]
+        except Exception:  # a damaged cache file is made again, whatever is wrong with it
+            path.unlink(missing_ok=True)
+    found = _second_moment(lm, layer, texts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, save({"second": found}), force=True)
+    except (OSError, PatchError):
+        pass  # a cache that cannot be written costs time, nothing else
+    return found
+
+
+class _Cut(Exception):
+    """Ends a forward as soon as the wanted layer is done."""
+
+
+@contextmanager
+def _cut_behind(lm: LM, layer: int) -> Iterator[None]:
+    """Within: a forward that reaches the end of the layer goes no further, and the block ends there."""
+
+    def leave(*_):
+        raise _Cut
+
+    handle = lm.layer(layer).register_forward_hook(leave)
+    try:
+        yield
+    except _Cut:
+        pass
+    finally:
+        handle.remove()
+
+
+def _second_moment(lm: LM, layer: int, texts: Sequence[str]) -> Tensor:
+    """E[n n'] over all tokens of the texts, [d_ff, d_ff] float32 on CPU; 0 without text."""
     size = lm.block(layer).d_ff
     total = torch.zeros(size, size)
     tokens = 0
-    for ids in passages(lm, reference_texts()):
-        with record(lm, [layer]) as neurons:
+    for ids in passages(lm, texts):
+        with record(lm, [layer]) as neurons, _cut_behind(lm, layer):
             lm.logits([ids], [[0]])
         seen = neurons[layer][0].float().cpu()
         total += seen.T @ seen
         tokens += len(ids)
-    total /= max(tokens, 1)
-    # Without reference text: the identity, all directions cost the same.
-    total.diagonal().add_(RIDGE * float(total.diagonal().mean()) or 1.0)
-    return total
+    return total / max(tokens, 1)
 
 
 @contextmanager
-def _added(lm: LM, layer: int, extra: list[Tensor]) -> Iterator[None]:
-    """Within: extra[0] [tokens, d_model] is added to what the layer's output matrix writes for the one sequence."""
+def _added(lm: LM, layer: int, extra: Tensor) -> Iterator[None]:
+    """Within: extra [tokens, d_model] is added to what the layer's output matrix writes for the one sequence."""
 
     def hook(_module, _args, output):
-        return output + extra[0].to(output.dtype).view(output.shape)
+        return output + extra.to(output.dtype).view(output.shape)
 
     handle = lm.module(lm.block(layer).out).register_forward_hook(hook)
     try:
@@ -94,43 +140,64 @@ def _added(lm: LM, layer: int, extra: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
+@dataclass(frozen=True)
+class _Place:
+    """One case seen from the edited layer."""
+
+    encoded: Encoded
+    layer: int
+    states: States
+    """What enters the layer; the edit does not change it."""
+    moves: Tensor
+    """[d_ff, keys]: how the matrix moves per value."""
+    share: Tensor
+    """[tokens, keys]: how much of each value the edited matrix adds at each position."""
+    own: Tensor
+    """[keys, d_model]: what the matrix writes at the keys now."""
+
+    def logits(self, lm: LM) -> Tensor:
+        """Logits [target tokens, vocab], from the layer on."""
+        positions = self.encoded.positions
+        if self.layer == 0:  # nothing to skip
+            return lm.logits([self.encoded.ids], [positions])
+        rows, columns = torch.zeros(len(positions), dtype=torch.long), torch.tensor(positions)
+        hidden = self.states.hidden[self.layer]
+        return suffix_logits(lm, self.layer, hidden, self.states.as_tuple, rows, columns)
+
+
 @torch.no_grad()
-def _keys(lm: LM, problem: Problem, layer: int) -> tuple[Tensor, Tensor]:
-    """(how the matrix moves per value, [d_ff, keys]; the neurons of the whole sequence, [tokens, d_ff])."""
-    with record(lm, [layer]) as neurons:
-        lm.logits([problem.encoded.ids], [[0]])
+def _place(lm: LM, encoded: Encoded, layer: int) -> _Place:
+    columns = lm.columns(layer)
+    with record(lm, [layer]) as neurons, record_states(lm, [layer]) as states:
+        lm.logits([encoded.ids], [[0]])
     seen = neurons[layer][0].float().cpu()
-    keys = seen[problem.encoded.positions].T
+    keys = seen[encoded.positions].T
     spread = torch.cholesky_solve(keys, _factor(lm, layer))
     overlap = keys.T @ spread
     # Nearly equal keys (a token repeated) must not make huge values.
     overlap.diagonal().add_(1e-4 * float(overlap.diagonal().mean()))
-    return torch.linalg.solve(overlap, spread.T).T, seen
+    moves = torch.linalg.solve(overlap, spread.T).T
+    own = keys.T.to(columns.device) @ columns.float()
+    return _Place(encoded, layer, states, moves.to(columns.device), (seen @ moves).to(columns.device), own)
 
 
-def _values(lm: LM, problem: Problem, layer: int, share: Tensor, own: Tensor, wanted: float) -> tuple[Tensor, int]:
-    """Values [keys, d_model] under which every margin exceeds `wanted`, or the last ones; and the steps taken.
-
-    share: [tokens, keys], how much of each value the edited matrix adds at each position. own: [keys, d_model], what
-    the matrix writes at the keys now.
-    """
-    encoded = problem.encoded
-    target = torch.tensor(encoded.target, device=own.device)
-    limit = CLAMP * own.norm(dim=1, keepdim=True)
-    values = torch.zeros_like(own, requires_grad=True)
-    optimiser = torch.optim.Adam([values], lr=RATE * float(own.square().mean().sqrt()))
-    extra = [own]
-    with torch.enable_grad(), _added(lm, layer, extra):
-        for step in range(STEPS + 1):
-            extra[0] = share @ values
-            logits = lm.logits([encoded.ids], [encoded.positions])
-            if float(margins_of(logits.detach(), encoded.target).min()) > wanted or step == STEPS:
-                break
-            optimiser.zero_grad()
-            cross_entropy(logits, target.to(logits.device)).backward()
-            optimiser.step()
-            with torch.no_grad():
-                values.mul_((limit / values.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))
+def _values(lm: LM, place: _Place, wanted: float) -> tuple[Tensor, int]:
+    """Values [keys, d_model] under which every margin exceeds `wanted`, or the last ones; and the steps taken."""
+    target = torch.tensor(place.encoded.target)
+    limit = CLAMP * place.own.norm(dim=1, keepdim=True)
+    values = torch.zeros_like(place.own, requires_grad=True)
+    optimiser = torch.optim.Adam([values], lr=RATE * float(place.own.square().mean().sqrt()))
+    for step in range(STEPS + 1):
+        with torch.enable_grad(), _added(lm, place.layer, place.share @ values):
+            logits = place.logits(lm)
+            loss = cross_entropy(logits, target.to(logits.device))
+        if float(margins_of(logits.detach(), place.encoded.target).min()) > wanted or step == STEPS:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            values.mul_((limit / values.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))
     return values.detach(), step
 
 
@@ -151,15 +218,13 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
         smallest = float(margins(lm, problem.encoded).min())
     if smallest > wanted:
         return refused(NAME, ALREADY_RIGHT, started, smallest)
-    moves, neurons = _keys(lm, problem, layer)
-    columns = lm.columns(layer)
-    device = columns.device
-    own = neurons[problem.encoded.positions].to(device) @ columns.float()
-    values, steps = _values(lm, problem, layer, (neurons @ moves).to(device), own, wanted)
+    place = _place(lm, problem.encoded, layer)
+    values, steps = _values(lm, place, wanted)
     with restored(lm, output_names(lm, layers)) as before, torch.no_grad():
-        columns.copy_(columns.float() + moves.to(device) @ values)
+        columns = lm.columns(layer)
+        columns.copy_(columns.float() + place.moves @ values)
         smallest = float(margins(lm, problem.encoded).min())
         if smallest > wanted:
             return changed_matrices(NAME, lm, before, started, smallest, layer=layer, steps=steps)
     reason = f"a target token is still {wanted - smallest:.2f} below the wanted margin after {steps} steps in layer {layer}"
-    return refused(NAME, reason, started, smallest, layer=layer, steps=steps)
+    return refused(NAME, reason, started, margin_reached=smallest, layer=layer, steps=steps)

@@ -82,7 +82,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     if smallest > wanted:
         return refused(NAME, ALREADY_RIGHT, started, smallest)
     if not fits(lm):
-        return refused(NAME, UNFIT, started, smallest)
+        return refused(NAME, UNFIT, started)
     inverses, argmax = _inverses(lm, problem, layers)
     steer = steering(lm, encoded.target, argmax.tolist())
     with restored(lm, output_names(lm, layers)) as before:
@@ -95,4 +95,4 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
             if smallest > wanted:
                 return changed_matrices(NAME, lm, before, started, smallest, epochs=epoch)
     reason = f"a target token is still {wanted - smallest:.2f} below the wanted margin after {EPOCHS} epochs"
-    return refused(NAME, reason, started, smallest, epochs=EPOCHS)
+    return refused(NAME, reason, started, margin_reached=smallest, epochs=EPOCHS)
