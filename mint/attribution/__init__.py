@@ -3,13 +3,16 @@
 from mint.attribution.faults import Fault, find_faults, first_fault
 from mint.attribution.linear import LinearScores, linear_scores
 from mint.attribution.report import Attribution, attribute
+from mint.attribution.verdict import Verdict, verdict
 
 __all__ = [
     "Attribution",
     "Fault",
     "LinearScores",
+    "Verdict",
     "attribute",
     "find_faults",
     "first_fault",
     "linear_scores",
+    "verdict",
 ]
