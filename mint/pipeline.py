@@ -5,6 +5,7 @@ patch comes out only if the repaired model really wrote every target. Knows noth
 """
 
 import copy
+import difflib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +65,10 @@ class Repair:
     note: str | None = None
     margin_min: float | None = None
     """Smallest teacher-forced logit margin over the target, stop included, with the patch in."""
+    tokens: tuple[str, ...] = ()
+    """The target token by token, stop included, with the margins before and after."""
+    margins_before: tuple[float, ...] = ()
+    margins_after: tuple[float, ...] = ()
     solution: Solution | None = None
     attribution: Any = None
     """The `Attribution`, where one was asked for."""
@@ -182,7 +187,11 @@ def _repair_one(
     timing: dict[str, float],
 ) -> Repair:
     """Attribute, solve and verify one case; the model is as before when this returns or raises."""
-    found: dict[str, Any] = {}
+    with torch.no_grad():
+        found: dict[str, Any] = {
+            "tokens": tuple(lm.decode([t]) for t in problem.encoded.target),
+            "margins_before": tuple(margins(lm, problem.encoded).tolist()),
+        }
     try:
         if attribute is not None:
             say(f"{problem.case.id}: looking for the neurons behind the fault")
@@ -222,7 +231,7 @@ def _patch_of(solution: Solution, wishes: Wishes) -> Patch:
 def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
     """Prove a repair on the model that holds it, by generating: the target, what is kept, and earlier repairs.
 
-    Returns {margin_min}. Raises `_Refused` with what came out instead.
+    Returns {margins_after, margin_min}. Raises `_Refused` with what came out instead.
     """
     written = lm.write(problem.encoded, problem.case)
     if written != problem.case.target:
@@ -244,7 +253,8 @@ def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
                 f" {_short(other)}; ask for a larger --margin"
             )
     with torch.no_grad():
-        return {"margin_min": float(margins(lm, problem.encoded).min())}
+        after = margins(lm, problem.encoded).tolist()
+    return {"margins_after": tuple(after), "margin_min": min(after)}
 
 
 def _in_dtype(lm: LM, name: str) -> LM:
@@ -378,6 +388,68 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
 def _short(text: str, longest: int = 60) -> str:
     shown = repr(text)
     return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]
+
+
+# ---------------------------------------------------------------------- parts by name
+
+
+def solver_named(name: str) -> Solver:
+    """A solver of `mint.solver.SOLVERS`. Raises `MintError` for an unknown name, with the nearest and all known ones."""
+    from mint.solver import SOLVERS
+
+    if name not in SOLVERS:
+        near = difflib.get_close_matches(name, SOLVERS, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise MintError(f"unknown solver '{name}'; known are {', '.join(SOLVERS)}{hint}")
+    return SOLVERS[name]
+
+
+def with_applied(wishes: Wishes, patches: Sequence[Patch]) -> Wishes:
+    """The same wishes on a model that holds these patches already."""
+    return replace(wishes, applied=tuple(patches))
+
+
+def default_attribution(wishes: Wishes, exact: int = 32) -> Attribute:
+    """A quick `mint.attribution.attribute`: against the healthy mean, the best few checked exactly."""
+    from mint.attribution import attribute
+
+    def quick(lm: LM, problem: Problem) -> Any:
+        try:
+            return attribute(lm, problem, exact=exact, stability=False, seed=wishes.settings.seed)
+        except CaseError:
+            return None  # every token is right with the answer fed in: there is no fault to explain
+
+    return quick
+
+
+# ---------------------------------------------------------------------- as a page
+
+
+def report_page(lm: LM, outcome: Outcome) -> str:
+    """One HTML page about a repair. Raises `MintError` for several cases: `mint evaluate` writes their page."""
+    from mint.evaluation import report
+
+    if len(outcome.repairs) != 1:
+        raise MintError("--report shows one case; use `mint evaluate --out DIR` for the page of many")
+    (one,) = outcome.repairs
+    row = {
+        "case": one.case.id,
+        "solver": one.solution.solver if one.solution else "",
+        "status": "solved" if one.success else "refused",
+        "reason": one.reason or one.note,
+        "prompt": one.case.prompt,
+        "target": one.case.target,
+        "written_before": one.generated_before,
+        "written_after": one.generated_after,
+        "tokens": list(one.tokens),
+        "margins_before": list(one.margins_before),
+        "margins_after": list(one.margins_after or one.margins_before),
+        "efficacy": {"exact_match_generated": one.generated_after == one.case.target},
+        "edit": {"neurons": len(one.neurons), "places": one.neurons},
+        "specificity": {"other_tasks": outcome.specificity.as_dict()} if outcome.specificity else {},
+    }
+    shown = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
+    return report.repair_page(row, shown | ({"revision": lm.revision} if lm.revision else {}))
 
 
 # ---------------------------------------------------------------------- as JSON

@@ -1,0 +1,79 @@
+"""mint repairs one mistake of a deployed language model by changing one or two of its neurons.
+
+    import mint
+
+    lm = mint.load_lm("smollm2-135m")
+    case = mint.Case("sort", "# sort list l in descending order\\n", "l.sort(reverse=True)\\n")
+    outcome = mint.repair(lm, [case], mint.Wishes(), mint.SOLVERS["mint"])
+    mint.save_patch(outcome.patch, "fix.safetensors")
+
+Names are imported on first use, so that `import mint` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Attribution": ("mint.attribution", "Attribution"),
+    "Case": ("mint.case", "Case"),
+    "Keep": ("mint.case", "Keep"),
+    "LM": ("mint.lm", "LM"),
+    "MintError": ("mint.errors", "MintError"),
+    "NeuronEdit": ("mint.patch", "NeuronEdit"),
+    "Outcome": ("mint.pipeline", "Outcome"),
+    "Patch": ("mint.patch", "Patch"),
+    "SOLVERS": ("mint.solver", "SOLVERS"),
+    "Settings": ("mint.solver.common", "Settings"),
+    "Wishes": ("mint.pipeline", "Wishes"),
+    "applied": ("mint.patch", "applied"),
+    "apply": ("mint.patch", "apply"),
+    "attribute": ("mint.attribution", "attribute"),
+    "compose": ("mint.patch", "compose"),
+    "evaluate": ("mint.evaluation.run", "evaluate"),
+    "load_cases": ("mint.case", "load_cases"),
+    "load_lm": ("mint.loading", "load_lm"),
+    "load_patch": ("mint.patch", "load"),
+    "repair": ("mint.pipeline", "repair"),
+    "revert": ("mint.patch", "revert"),
+    "save_patch": ("mint.patch", "save"),
+    "scale": ("mint.patch", "scale"),
+}
+
+__all__ = [
+    "Attribution",
+    "Case",
+    "Keep",
+    "LM",
+    "MintError",
+    "NeuronEdit",
+    "Outcome",
+    "Patch",
+    "SOLVERS",
+    "Settings",
+    "Wishes",
+    "applied",
+    "apply",
+    "attribute",
+    "compose",
+    "evaluate",
+    "load_cases",
+    "load_lm",
+    "load_patch",
+    "repair",
+    "revert",
+    "save_patch",
+    "scale",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mint' has no attribute '{name}'; it has {', '.join(__all__)}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,42 @@
+"""The commands, one module a group, put together."""
+
+import typer
+
+from mint.cli import cases, evaluate, inspect, patches, repair
+
+
+def _version(show: bool) -> None:
+    if show:
+        from mint import __version__
+
+        print(f"mint {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="mint",
+    help="Repair one mistake of a causal language model by changing one or two of its neurons.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    epilog="Results go to stdout, progress to stderr. Exit codes: 0 done, 1 error, 2 usage, 3 no acceptable repair.",
+)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+for group in (repair, inspect, patches, evaluate, cases):
+    group.register(app)
+
+
+def run(argv: list[str]) -> int:
+    """Run one command. Raises what goes wrong; `mint.cli.main` explains it."""
+    code = typer.main.get_command(app).main(args=argv, prog_name="mint", standalone_mode=False)
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,155 @@
+"""`mint evaluate`: solvers on many cases, measured; resumable."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mint import console
+from mint.cli import options as o
+from mint.errors import MintError
+
+
+def evaluate(
+    model: o.Model,
+    cases: Annotated[Path, typer.Option(help="JSON Lines file of cases.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl, summary.json, summary.md, report.html.")
+    ],
+    solver: Annotated[
+        list[str] | None, typer.Option(help="Solver to evaluate, default mint; may be repeated.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Repair only so many cases, drawn with the seed.")
+    ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential", help="Also repair the cases in a row on one model, and measure the drift."
+        ),
+    ] = False,
+    repairs: Annotated[int, typer.Option(min=1, help="Most repairs in a row for --sequential.")] = 100,
+    others: Annotated[
+        Path | None,
+        typer.Option(help="Cases of other tasks to measure side effects on; default the lines that ship."),
+    ] = None,
+    heldout: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text files of ordinary code, default what ships; may be repeated."),
+    ] = None,
+    tests: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines {id, before, after}: tests for cases that are judged by running."),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="Other cases to measure each repair's side effects on.")
+    ] = 24,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Cases with more tokens are skipped, and counted.")
+    ] = 1024,
+    max_target_tokens: Annotated[int, typer.Option(min=1, help="The same for the target alone.")] = 256,
+    max_neurons: Annotated[int, typer.Option(min=1, max=2, help="Most neurons that may change.")] = 2,
+    margin: Annotated[
+        float | None, typer.Option(min=0, help="Logit margin; default the solver's own.")
+    ] = None,
+    generalize: Annotated[float, typer.Option(min=0, max=1, help="See `mint repair`.")] = 0.5,
+    where: Annotated[str, typer.Option(help="auto, responsible or idle.")] = "auto",
+    learn_rephrasings: Annotated[
+        bool,
+        typer.Option(
+            "--learn-rephrasings", help="Learn from the rephrasings instead of only measuring on them."
+        ),
+    ] = False,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="Text of your own that must stay; may be repeated.")
+    ] = None,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Run cases again that ended in an error.")
+    ] = False,
+    patches: Annotated[
+        bool, typer.Option("--patches/--no-patches", help="Keep the patch of every repair.")
+    ] = True,
+    stop: o.Stop = "auto",
+    chat: o.Chat = False,
+    system: o.System = None,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "auto",
+    revision: o.Revision = None,
+    as_json: o.Json = False,
+) -> int:
+    """Measure solvers on many cases: efficacy, generalization, specificity, drift. Continues where it stopped.
+
+    \b
+    Examples:
+      mint evaluate -m smollm2-135m --cases conala.jsonl --limit 20 --out results/conala
+      mint evaluate -m smollm2-135m --cases conala.jsonl --solver mint --solver lora --sequential --out results/both
+      accelerate launch -m mint evaluate -m ./my-model --cases cases.jsonl --out results/many --device cuda
+    """
+    o.check_stop(stop)
+    if where not in ("auto", "responsible", "idle"):
+        raise typer.BadParameter(f"unknown --where '{where}'; known are auto, responsible, idle")
+    with console.working(show=False) as say:
+        from mint.case import load_cases
+        from mint.evaluation import judges, measuring, parallel, run
+        from mint.evaluation.drift import Drift
+        from mint.solver.common import Settings
+
+        wanted, skipped = measuring.read_cases(cases)
+        skipped = [*skipped, *measuring.read_skipped(cases.with_name(f"{cases.stem}.skipped.jsonl"))]
+        run.named_solvers(solver or ["mint"])
+        other_cases = None if others is None else load_cases(others)
+        code = None if not heldout else [_text(p) for p in heldout]
+        known_tests = None if tests is None else judges.load_tests(tests)
+        team = parallel.team()
+        if not team.main:
+            console.note(f"process {team.index + 1} of {team.size}")
+        lm, _ = o.load(model, parallel.device(device), dtype, revision, chat, system, say=say)
+        result = run.evaluate(
+            lm,
+            wanted,
+            solvers=solver or ["mint"],
+            out=out,
+            settings=Settings(
+                max_neurons=max_neurons,
+                margin=margin,
+                generalize=generalize,
+                where=where,
+                learn_rephrasings=learn_rephrasings,
+                reference=tuple(map(str, reference or [])),
+            ),
+            seed=seed,
+            limit=limit,
+            sequential=sequential,
+            others=other_cases,
+            heldout=code,
+            tests=known_tests,
+            skipped=skipped,
+            options=measuring.Options(
+                stop=stop, neighbours=neighbours, max_tokens=max_tokens, max_target_tokens=max_target_tokens
+            ),
+            drift=Drift(repairs=repairs),
+            save_patches=patches,
+            retry_errors=retry_errors,
+            progress=team.main and console.stderr().is_terminal,
+            say=console.note if team.main and not as_json else say,
+        )
+    if not team.main:
+        return 0
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_result((out / "summary.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MintError(f"{path}: cannot be read as text ({error}); give a UTF-8 text file") from None
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(evaluate)

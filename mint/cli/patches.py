@@ -1,0 +1,168 @@
+"""`mint apply`, `revert`, `compose`, `scale`, `export`: patches on saved models, and patches from patches."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mint import console
+from mint.cli import options as o
+
+PatchFile = Annotated[Path, typer.Argument(help="Patch file.")]
+OutDirectory = Annotated[Path | None, typer.Option("--out", help="Directory for the changed copy.")]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Change the model directory itself.")]
+OutFile = Annotated[Path, typer.Option("--out", help="Patch file to write.")]
+
+
+def _on_disk(
+    verb: str, patch: Path, model: str, out: Path | None, in_place: bool, force: bool, as_json: bool
+) -> int:
+    if (out is None) != in_place:
+        raise typer.BadParameter("give one of --out DIR and --in-place")
+    with console.working() as say:
+        say("importing")
+        from mint import checkpoint
+        from mint import patch as patches
+
+        loaded = patches.load(patch)
+        where = getattr(checkpoint, verb)(model, loaded, out=out, force=force, say=say)
+        listed = checkpoint.applied_patches(where)
+    if as_json:
+        neurons = [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in loaded.edits]
+        console.print_json({"model": str(where), "patch": str(patch), "neurons": neurons, "applied": listed})
+    else:
+        console.print_result(f"{where}\n")
+    return 0
+
+
+def apply(
+    patch: PatchFile,
+    model: o.Model,
+    out: OutDirectory = None,
+    in_place: InPlace = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    """Write a patch into a saved model. Everything is checked first; a failure changes nothing.
+
+    \b
+    Examples:
+      mint apply fix.safetensors --model ./my-model --out ./my-model-fixed
+      mint apply fix.safetensors --model ./my-model --in-place
+    """
+    return _on_disk("apply", patch, model, out, in_place, force, as_json)
+
+
+def revert(
+    patch: PatchFile,
+    model: o.Model,
+    out: OutDirectory = None,
+    in_place: InPlace = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    """Take a patch out of a saved model again: every byte is what it was.
+
+    \b
+    Examples:
+      mint revert fix.safetensors --model ./my-model --in-place
+      mint revert fix.safetensors --model ./my-model-fixed --out ./my-model-again
+    """
+    return _on_disk("revert", patch, model, out, in_place, force, as_json)
+
+
+def compose(
+    patch: Annotated[list[Path], typer.Argument(help="Patch files, in the order in which they apply.")],
+    out: OutFile,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    """Put patches together into one that does what applying them in order does.
+
+    \b
+    Example:
+      mint compose first.safetensors second.safetensors --out both.safetensors
+    """
+    from mint import patch as patches
+
+    o.check_free(out, force)
+    whole = patches.compose([patches.load(p) for p in patch])
+    return _written(whole, patches.save(whole, out, force=force), as_json)
+
+
+def scale(
+    patch: PatchFile,
+    factor: Annotated[
+        float, typer.Argument(help="0 changes nothing, 1 is the patch, 2 pushes twice as hard.")
+    ],
+    out: OutFile,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    """Weaken or strengthen a patch.
+
+    \b
+    Example:
+      mint scale fix.safetensors 0.5 --out half.safetensors
+    """
+    from mint import patch as patches
+
+    o.check_free(out, force)
+    whole = patches.scale(patches.load(patch), factor)
+    return _written(whole, patches.save(whole, out, force=force), as_json)
+
+
+def _written(patch, path: Path, as_json: bool) -> int:
+    if as_json:
+        neurons = [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in patch.edits]
+        console.print_json({"patch": str(path), "neurons": neurons})
+    else:
+        console.print_result(f"{path}\n")
+    return 0
+
+
+def export(
+    patch: PatchFile,
+    out: Annotated[Path, typer.Option("--out", help="Directory (peft) or file (gguf-lora) to write.")],
+    to: Annotated[str, typer.Option("--format", help="peft or gguf-lora.")] = "peft",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Only for patches that do not say where their weights live."),
+    ] = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    """Turn a patch into a LoRA adapter for peft or llama.cpp.
+
+    \b
+    Examples:
+      mint export fix.safetensors --format peft --out fix-lora
+      mint export fix.safetensors --format gguf-lora --out fix.gguf
+    """
+    formats = {"peft": "to_peft", "gguf-lora": "to_gguf_lora"}
+    if to not in formats:
+        raise typer.BadParameter(f"unknown format '{to}'; known are {', '.join(formats)}")
+    with console.working() as say:
+        say("importing")
+        from mint import export as exports
+        from mint import patch as patches
+
+        loaded, layout = patches.load(patch), None
+        if model is not None:
+            layout = exports.describe(o.load(model, "cpu", "auto", say=say)[0])
+        path = getattr(exports, formats[to])(loaded, out, layout=layout, force=force)
+    if as_json:
+        console.print_json({"out": str(path), "format": to})
+    else:
+        console.print_result(f"{path}\n")
+    return 0
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(apply)
+    app.command()(revert)
+    app.command()(compose)
+    # Factors may be negative: what starts with a dash and a digit is no option.
+    app.command(context_settings={"ignore_unknown_options": True})(scale)
+    app.command()(export)

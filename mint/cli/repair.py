@@ -1,0 +1,220 @@
+"""`mint repair`: cases in, a patch file out, or a reason why not."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mint import console
+from mint.cli import options as o
+from mint.errors import MintError, NoRepair
+
+EXAMPLES = """Repair one mistake of a model with a patch of one or two neurons.
+
+Either the repaired model really writes the target and the patch is written, or the exit code is 3, a reason is
+printed, and nothing changes. A prompt is taken as is; end a line of code with a newline ($'...' in bash).
+
+\b
+Examples:
+  mint repair -m smollm2-135m -p $'# sort list l in descending order\\n' -t $'l.sort(reverse=True)\\n' --out fix.safetensors
+  mint repair -m ./my-model --cases faults.jsonl --keep must-not-change.jsonl --out fixes.safetensors --json
+  mint repair -m ./my-model --patch fix.safetensors -p ... -t ... --out second.safetensors
+"""
+
+
+def repair(
+    model: o.Model,
+    prompt: o.Prompt = None,
+    target: o.Target = None,
+    prompt_file: o.PromptFile = None,
+    target_file: o.TargetFile = None,
+    cases: Annotated[
+        Path | None, typer.Option(help="JSON Lines file of cases; all go into one patch, one after another.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="JSON Lines file of prompts whose outputs must not change.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Patch file to write; default fix.safetensors, or the next free fix-N.safetensors."
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page to write about the repair.")] = None,
+    solver: Annotated[str, typer.Option(help="Solver; see the documentation.")] = "mint",
+    max_neurons: Annotated[int, typer.Option(min=1, max=2, help="Most neurons that may change.")] = 2,
+    margin: Annotated[
+        float | None,
+        typer.Option(min=0, help="Logit margin of every target token; default the solver's own."),
+    ] = None,
+    generalize: Annotated[
+        float, typer.Option(min=0, max=1, help="0: change least elsewhere; 1: carry over to rephrasings.")
+    ] = 0.5,
+    where: Annotated[str, typer.Option(help="Which neurons may change: auto, responsible or idle.")] = "auto",
+    learn_rephrasings: Annotated[
+        bool,
+        typer.Option("--learn-rephrasings", help="Learn from the cases' rephrasings, not only measure them."),
+    ] = False,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file of your own that must stay as it is; may be repeated."),
+    ] = None,
+    verify_dtype: Annotated[
+        list[str] | None, typer.Option(help="Dtype in which the repair must hold too; may be repeated.")
+    ] = None,
+    attribute: Annotated[
+        bool,
+        typer.Option("--attribute/--no-attribute", help="Rank the neurons behind the fault for the report."),
+    ] = True,
+    partial: Annotated[
+        bool,
+        typer.Option("--partial", help="With several cases: write the patch although some were refused."),
+    ] = False,
+    patch: o.Patches = None,
+    stop: o.Stop = "auto",
+    chat: o.Chat = False,
+    system: o.System = None,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "auto",
+    revision: o.Revision = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    from mint.case import case_from_dict, load_cases, load_keep
+
+    o.check_stop(stop)
+    if where not in ("auto", "responsible", "idle"):
+        raise typer.BadParameter(f"unknown --where '{where}'; known are auto, responsible, idle")
+    if cases is not None:
+        if any(v is not None for v in (prompt, target, prompt_file, target_file)):
+            raise typer.BadParameter("give either --cases or a prompt and a target, not both")
+        wanted = load_cases(cases)
+    else:
+        texts = {
+            "prompt": o.text(prompt, prompt_file, "prompt"),
+            "target": o.text(target, target_file, "target"),
+        }
+        wanted = [case_from_dict({"id": "case"} | texts, "command line")]
+    kept = tuple(load_keep(keep)) if keep is not None else ()
+    for path in reference or []:
+        if not path.is_file():
+            raise MintError(f"{path}: no such file; give a UTF-8 text file as --reference")
+    o.check_free(out, force)
+    o.check_free(report, force)
+    with console.working() as say:
+        say("importing")
+        from mint import patch as patches
+        from mint import pipeline
+        from mint.solver.common import Settings
+
+        wishes = pipeline.Wishes(
+            settings=Settings(
+                max_neurons=max_neurons,
+                margin=margin,
+                generalize=generalize,
+                where=where,
+                learn_rephrasings=learn_rephrasings,
+                reference=tuple(map(str, reference or [])),
+                seed=seed,
+            ),
+            solver=solver,
+            stop=stop,
+            keep=kept,
+            verify_dtypes=tuple(verify_dtype or []),
+        )
+        solve = pipeline.solver_named(solver)
+        lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say)
+        wishes = pipeline.with_applied(wishes, applied)
+        blame = pipeline.default_attribution(wishes) if attribute else None
+        outcome = pipeline.repair(lm, wanted, wishes, solve, attribute=blame, say=say)
+        written = None
+        if outcome.patch is not None and (outcome.success or partial):
+            written = patches.save(outcome.patch, out or _free_name(), force=force)
+        if report is not None:
+            patches.write_file(report, pipeline.report_page(lm, outcome), force=force)
+    result = pipeline.outcome_as_dict(outcome, None if written is None else str(written))
+    if as_json:
+        console.print_json(result)
+    else:
+        _show(outcome, result)
+    if not outcome.success:
+        raise NoRepair(f"no acceptable repair: {outcome.reason}")
+    return 0
+
+
+repair.__doc__ = EXAMPLES
+
+
+def _free_name() -> Path:
+    """`fix.safetensors`, or the first `fix-N.safetensors` that is free."""
+    path, n = Path("fix.safetensors"), 1
+    while path.exists():
+        n += 1
+        path = Path(f"fix-{n}.safetensors")
+    return path
+
+
+def _show(outcome, result: dict) -> None:
+    """Tables for people on stderr; the path of the patch on stdout."""
+    for one in outcome.repairs:
+        rows = [
+            ("prompt", one.case.prompt),
+            ("wrote", one.generated_before),
+            ("should write", one.case.target),
+        ]
+        if one.note is None:
+            rows.append(("writes now", one.generated_after))
+        console.table(one.case.id, ["", "text"], rows)
+        if one.note:
+            console.note(one.note, "green")
+        if one.attribution is not None:
+            show_neurons(one.attribution.to_json())
+        if one.reason:
+            console.note(f"refused: {one.reason}", "red")
+    edits = [(n["layer"], n["index"], n["kind"]) for n in result["neurons"]]
+    if edits:
+        console.table("neurons changed", ["layer", "neuron", "edit"], edits, ["layer", "neuron"])
+    effects = result["specificity"]
+    if effects:
+        console.table(
+            f"what else changed, on {effects['tokens']} tokens of other text",
+            ["measure", "value"],
+            [
+                ("next token unchanged", f"{effects['argmax_unchanged']:.2%}"),
+                ("right before, wrong now", f"{effects['argmax_broken']:.2%}"),
+                ("KL divergence, mean", f"{effects['kl_mean']:.2g}"),
+                ("KL divergence, largest", f"{effects['kl_max']:.2g}"),
+            ],
+            ["value"],
+        )
+    if result["margin_min"] is not None:
+        console.note(f"smallest margin {result['margin_min']:.2f}, {result['seconds']:.1f} s after loading")
+    if result["patch"]:
+        console.print_result(f"{result['patch']}\n")
+
+
+def show_neurons(attribution: dict, top: int = 8) -> None:
+    """The ranked neurons of an attribution as a table on stderr."""
+    fault = attribution["fault"]
+    console.table(
+        f"neurons behind {fault['wrong']!r} instead of {fault['desired']!r}"
+        f" (logits {fault['logit_difference']:.2f} apart); the change of that difference without each",
+        ["layer", "neuron", "linear", "exact", "writes"],
+        [
+            (
+                n["layer"],
+                n["index"],
+                f"{n['linear']:.3f}",
+                "" if n["exact"] is None else f"{n['exact']:.3f}",
+                " ".join(map(repr, n.get("promotes", [])[:3])),
+            )
+            for n in attribution["neurons"][:top]
+        ],
+        ["layer", "neuron", "linear", "exact"],
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(repair)
