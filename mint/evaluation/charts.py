@@ -1,0 +1,168 @@
+"""The plots of a report, as SVG that takes its colours from the page (light or dark), or as figures for files.
+
+Numbers in, pictures out; knows nothing about rows or summaries.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Stand-ins that `svg` turns into the page's own colours; any colour that nobody would choose does.
+_INK = "#010203"
+_FAINT = "#040506"
+_SERIES = tuple(f"#0a0b{n:02x}" for n in range(8))
+_PLAIN = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d", "#4b5563")
+_MARKS = "osD^vPX*"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One solver in a plane, with optional intervals (low, high)."""
+
+    name: str
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One solver over the number of repairs."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def _figure(width: float, height: float, themed: bool):
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    ink, faint = (_INK, _FAINT) if themed else ("#1f2937", "#d1d5db")
+    settings = {
+        "font.size": 10,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "grid.color": faint,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none" if themed else "white",
+        "legend.frameon": False,
+        "text.parse_math": False,  # names hold dollars and carets
+    }
+    context = rc_context(settings)
+    context.__enter__()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, context
+
+
+def scatter(
+    points: Sequence[Point], x: str, y: str, *, percent: bool = True, themed: bool = True, title: str = ""
+):
+    """Figure: solvers as points with their intervals. Shares are drawn in per cent; x on a scale linear near 0."""
+    figure, context = _figure(6.4, 4.2, themed)
+    try:
+        axes = figure.add_subplot()
+        factor = 100 if percent else 1
+        for number, point in enumerate(points):
+            axes.errorbar(
+                point.x * factor,
+                point.y * factor,
+                xerr=_error(point.x, point.x_interval, factor),
+                yerr=_error(point.y, point.y_interval, factor),
+                fmt=_MARKS[number % len(_MARKS)],
+                color=_colour(number, themed),
+                capsize=2,
+                markersize=7,
+                label=point.name,
+            )
+        _finish(axes, x, y, title)
+        widest = max((p.x * factor for p in points), default=0)
+        if percent and widest > 5:  # a matrix-wide edit would press everything else against the axis
+            axes.set_xscale("symlog", linthresh=1, linscale=1.0)
+            axes.set_xlim(left=-0.05)
+            ticks = [t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if t <= widest * 1.6]
+            axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axes.minorticks_off()
+    finally:
+        context.__exit__(None, None, None)
+    return figure
+
+
+def curves(
+    series: Sequence[Curve], x: str, y: str, *, percent: bool = True, themed: bool = True, title: str = ""
+):
+    """Figure: one line a solver; shares in per cent, the number of repairs on a logarithmic axis."""
+    figure, context = _figure(6.4, 3.4, themed)
+    try:
+        axes = figure.add_subplot()
+        factor = 100 if percent else 1
+        for number, curve in enumerate(series):
+            axes.plot(
+                curve.x,
+                [v * factor for v in curve.y],
+                marker=_MARKS[number % len(_MARKS)],
+                color=_colour(number, themed),
+                label=curve.name,
+            )
+        _finish(axes, x, y, title)
+        ticks = sorted({int(v) for c in series for v in c.x})
+        if len(ticks) > 1 and ticks[0] > 0:
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [str(t) for t in ticks])
+            axes.minorticks_off()
+    finally:
+        context.__exit__(None, None, None)
+    return figure
+
+
+def _colour(number: int, themed: bool) -> str:
+    return (_SERIES if themed else _PLAIN)[number % len(_SERIES)]
+
+
+def _error(value: float, interval: tuple[float, float] | None, factor: float):
+    if interval is None:
+        return None
+    return [[max(0.0, value - interval[0]) * factor], [max(0.0, interval[1] - value) * factor]]
+
+
+def _finish(axes, x: str, y: str, title: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title)
+    axes.grid(True, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.margins(0.08)
+    axes.legend(loc="best", fontsize=9)
+
+
+def svg(figure) -> str:
+    """The figure as an `<svg>` element for a page that sets `--ink`, `--faint` and `--s0` to `--s7`."""
+    from matplotlib import rc_context
+
+    stream = io.StringIO()
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "mint"}
+    ):  # letters stay text; names of parts repeat
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
+    for number, colour in enumerate(_SERIES):
+        text = text.replace(colour, f"var(--s{number})")
+    # Size comes from the page: the viewBox stays, the fixed points go.
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+        count=1,
+    )

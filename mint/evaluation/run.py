@@ -1,0 +1,408 @@
+"""`mint evaluate`: every case with every solver, resumable, by one process or several; then the summary and the report.
+
+Knows the files of an evaluation (`results.jsonl`, `summary.json`, `summary.md`, `report.html`) and their order. What a
+row holds is `measuring`'s affair, what the summary says is `summary`'s.
+"""
+
+import hashlib
+import json
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mint.case import Case
+from mint.errors import MintError
+from mint.evaluation import controls as controls_module
+from mint.evaluation import drift as drift_module
+from mint.evaluation import measuring, parallel, report, summary
+from mint.evaluation.controls import NO_EDIT, Control
+from mint.evaluation.drift import Drift
+from mint.evaluation.ledger import Ledger
+from mint.evaluation.measuring import Clean, Options, Skipped, Yardstick
+from mint.evaluation.progress import progress_bar
+from mint.lm import LM
+from mint.patch import Patch, identity, save, versions, write_file
+from mint.solver.common import Settings, Solution, Solver
+
+_FORMAT = 1
+"""Part of every key: raised when a row's meaning changes, so that old rows are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One evaluation, decided before the first repair."""
+
+    chosen: list[Case]
+    solvers: dict[str, Solver]
+    controls: dict[str, Control]
+    settings: Settings
+    stick: Yardstick
+    out: Path
+    key: str
+    """Digest of the model, the settings, the options and the texts measured on."""
+    clean_weights: str
+    save_patches: bool = True
+
+    def row_key(self, case: Case, name: str) -> str:
+        """Key of a row; a control's depends on the solver that it imitates."""
+        base = next(iter(self.solvers)) if name in self.controls and name != NO_EDIT else None
+        return measuring.digest([self.key, measuring.case_digest(case), name, base])
+
+
+def evaluate(
+    lm: LM,
+    cases: Sequence[Case],
+    *,
+    solvers: Sequence[str] = ("mint",),
+    out: str | Path,
+    settings: Settings | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    sequential: bool = False,
+    others: Sequence[Case] | None = None,
+    heldout: Sequence[str] | None = None,
+    tests: Mapping[str, dict] | None = None,
+    skipped: Sequence[Skipped] = (),
+    options: Options | None = None,
+    drift: Drift | None = None,
+    registry: Mapping[str, Solver] | None = None,
+    save_patches: bool = True,
+    retry_errors: bool = False,
+    page: bool = True,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict:
+    """Evaluate solvers on cases; returns the summary that it also writes to `out/summary.json`.
+
+    cases: all cases of the file; neighbours are drawn from them, whatever `limit` says. limit: how many to repair, drawn
+    with `seed` (None: all). sequential: also all of them in a row on one model. others: cases of other tasks to measure
+    side effects on (None: the lines that ship). heldout: ordinary code (None: what ships). tests: by case id, for tasks
+    judged by running. skipped: rows of the input that did not become cases, to be counted. registry: solvers by name
+    (None: `mint.solver.SOLVERS`). retry_errors: run rows again that ended in an error. progress: a bar on stderr.
+
+    A second call with the same arguments continues where the first stopped, and ends with the same summary, times
+    aside. The model is left bit for bit as it came. Raises `MintError` for an unknown solver, for no usable case, and
+    where a solver leaves the model changed.
+    """
+    options, drift = options or Options(), drift or Drift()
+    settings = replace(settings or Settings(), seed=seed)
+    team = parallel.team()
+    chosen_solvers = named_solvers(solvers, registry)
+    plan, dropped = _plan(
+        lm,
+        cases,
+        chosen_solvers,
+        Path(out),
+        settings,
+        options,
+        seed,
+        limit,
+        others,
+        heldout,
+        tests,
+        save_patches,
+    )
+    dropped = [*skipped, *dropped]
+    for row in dropped if team.main else []:
+        say(f"skipped {row.where}: {row.reason}")
+    own = plan.out / ("results.jsonl" if team.size == 1 else f"results.{team.index}.jsonl")
+    ledger = Ledger(own, sorted(plan.out.glob("results*.jsonl")))
+    if retry_errors:
+        ledger.forget([k for k, r in ledger.rows.items() if r["status"] == "error"])
+    _run_cases(lm, plan, ledger, team, progress, say)
+    drifts = _run_drifts(lm, plan, drift, team, progress, say) if sequential else {}
+    rows = _merge(plan, ledger, team)
+    result = None
+    if team.main:
+        result = _summary(lm, plan, rows, drifts, dropped, len(cases), limit, drift if sequential else None)
+        _write(plan, result, rows, page, say)
+    return team.share_result(result)
+
+
+def named_solvers(names: Sequence[str], registry: Mapping[str, Solver] | None = None) -> dict[str, Solver]:
+    """Solvers by name, in the order asked for. Raises `MintError` for an unknown name, with the known ones."""
+    if registry is None:
+        from mint.solver import SOLVERS
+
+        registry = SOLVERS
+    if not names:
+        raise MintError(f"name at least one solver; known are {', '.join(registry)}")
+    for name in names:
+        if name not in registry:
+            raise MintError(f"unknown solver '{name}'; known are {', '.join(registry)}")
+    return {name: registry[name] for name in dict.fromkeys(names)}
+
+
+# ---------------------------------------------------------------------- plan
+
+
+def _plan(
+    lm, cases, solvers, out, settings, options, seed, limit, others, heldout, tests, save_patches
+) -> tuple[Plan, list[Skipped]]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MintError(f"{out}: cannot be made ({error.strerror}); give another --out folder") from None
+    if not cases:
+        raise MintError("expected at least one case to evaluate, found none; give a file of cases")
+    encoded, dropped = measuring.usable(lm, cases, options)
+    first = {c.id: c for c in reversed(cases)}
+    good = [first[i] for i in encoded]
+    if not good:
+        raise MintError(
+            f"no usable case among {len(cases)}; the first: {dropped[0].where}: {dropped[0].reason}"
+        )
+    stick = measuring.yardstick(
+        lm, good, encoded, others=others, code=heldout, options=options, seed=seed, tests=tests
+    )
+    weights = measuring.weights_digest(lm)
+    key = measuring.digest(
+        {
+            "format": _FORMAT,
+            "model": [weights, lm.tokenizer_hash, str(lm.dtype), repr(lm.template)],
+            "settings": asdict(settings),
+            "reference": [_content(path) for path in settings.reference],
+            "options": asdict(options),
+            "seed": seed,
+            "pool": [measuring.case_digest(c) for c in good],
+            "others": [s for s in (stick.other_tasks.sequences if stick.other_tasks else ())],
+            "ordinary": [s for s in (stick.ordinary.sequences if stick.ordinary else ())],
+            "tests": tests or {},
+        }
+    )
+    controls = {n: c for n, c in controls_module.installed().items() if n not in solvers}
+    chosen = measuring.draw(good, limit, seed)
+    return Plan(chosen, solvers, controls, settings, stick, out, key, weights, save_patches), dropped
+
+
+def _content(path: str) -> str | None:
+    """Digest of a file; None where it cannot be read (whoever needs it says so)."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+# ---------------------------------------------------------------------- cases
+
+
+def _run_cases(
+    lm: LM, plan: Plan, ledger: Ledger, team: parallel.Team, progress: bool, say: Callable
+) -> None:
+    names = [*plan.solvers, *plan.controls]
+    todo = [c for c in team.share(plan.chosen) if any(plan.row_key(c, n) not in ledger for n in names)]
+    done = len(team.share(plan.chosen)) - len(todo)
+    if done and team.main:
+        say(f"{done} of {done + len(todo)} cases were measured before; going on from there")
+    with progress_bar("cases", len(todo), progress and team.main) as step:
+        for case in todo:
+            _run_case(lm, plan, ledger, case, say)
+            step(case.id)
+
+
+def _run_case(lm: LM, plan: Plan, ledger: Ledger, case: Case, say: Callable) -> None:
+    """All missing rows of one case. Whatever fails becomes a row; only a changed model ends the run."""
+    try:
+        clean = measuring.clean_facts(lm, case, plan.stick)
+    except Exception as error:
+        for name in [*plan.solvers, *plan.controls]:
+            if plan.row_key(case, name) not in ledger:
+                ledger.append(_head(plan, case, name) | _failure(error, say, case, name))
+        return
+    base: Patch | None = None
+    for number, (name, solver) in enumerate(plan.solvers.items()):
+        wanted = plan.row_key(case, name) not in ledger
+        for_controls = number == 0 and any(plan.row_key(case, n) not in ledger for n in plan.controls)
+        if not wanted and not for_controls:
+            continue
+        row, solution = _attempt(
+            lm, plan, clean, name, lambda s=solver: _solve(lm, s, clean, plan), say, wanted
+        )
+        if wanted:
+            ledger.append(row)
+        if number == 0 and solution is not None and isinstance(solution.change, Patch):
+            base = solution.change
+    for name, control in plan.controls.items():
+        if plan.row_key(case, name) in ledger:
+            continue
+        row, _ = _attempt(
+            lm, plan, clean, name, lambda c=control: _imitate(lm, c, clean, base, plan), say, True
+        )
+        ledger.append(row)
+
+
+def _solve(lm: LM, solver: Solver, clean: Clean, plan: Plan) -> tuple[Solution, float]:
+    return measuring.timed(solver, lm, measuring.problem_of(clean), plan.settings)
+
+
+def _imitate(
+    lm: LM, control: Control, clean: Clean, base: Patch | None, plan: Plan
+) -> tuple[Solution, float]:
+    return measuring.timed(control, lm, measuring.problem_of(clean), base, plan.settings)
+
+
+def _attempt(
+    lm: LM, plan: Plan, clean: Clean, name: str, make: Callable, say: Callable, measure: bool
+) -> tuple[dict, Solution | None]:
+    """Solve and measure one case with one solver: the row, and the solution if there is one."""
+    row = _head(plan, clean.case, name)
+    solution = None
+    try:
+        solution, wall = make()
+        if measure:
+            row |= _measured(lm, plan, clean, name, solution, wall)
+    except Exception as error:
+        row |= _failure(error, say, clean.case, name)
+    if measuring.weights_digest(lm) != plan.clean_weights:
+        raise MintError(
+            f"solver '{name}' left the model changed on case '{clean.case.id}'; nothing measured after it could be"
+            " trusted, so the run ends here: leave this solver out"
+        )
+    return row, solution
+
+
+def _measured(lm: LM, plan: Plan, clean: Clean, name: str, solution: Solution, wall: float) -> dict:
+    found = measuring.measure(lm, clean, solution, plan.stick)
+    if plan.save_patches and isinstance(solution.change, Patch) and name in plan.solvers:
+        found["edit"]["patch"] = _save_patch(plan, clean.case, name, solution.change)
+    return {
+        "status": "no_repair" if solution.change is None and name in plan.solvers else "measured",
+        "reason": solution.reason,
+        "margin_min": solution.margin_min,
+        "seconds": solution.seconds or wall,
+        "seconds_wall": wall,
+        "details": _json(solution.details),
+        **found,
+    }
+
+
+def _save_patch(plan: Plan, case: Case, name: str, patch: Patch) -> str:
+    relative = Path("patches") / f"{plan.row_key(case, name)}.safetensors"
+    (plan.out / "patches").mkdir(exist_ok=True)
+    save(patch, plan.out / relative, force=True)
+    return str(relative)
+
+
+def _head(plan: Plan, case: Case, name: str) -> dict:
+    return {
+        "key": plan.row_key(case, name),
+        "settings": plan.key,
+        "case": case.id,
+        "task": case.task,
+        "solver": name,
+        "prompt": case.prompt,
+        "target": case.target,
+    }
+
+
+def _failure(error: Exception, say: Callable, case: Case, name: str) -> dict:
+    line = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    say(f"case '{case.id}', {name}: {line}")
+    where = traceback.extract_tb(error.__traceback__)[-3:]
+    return {
+        "status": "error",
+        "error": line,
+        "traceback": [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in where],
+        "seconds": None,
+    }
+
+
+def _json(value: object) -> object:
+    """Details of a solver as JSON values, whatever it put there (a number that is none becomes text)."""
+
+    def clean(item: object) -> object:
+        if isinstance(item, dict):
+            return {str(k): clean(v) for k, v in item.items()}
+        if isinstance(item, list | tuple | set | frozenset):
+            return [clean(v) for v in item]
+        if isinstance(item, float):
+            return item if item == item and abs(item) != float("inf") else str(item)
+        return item if item is None or isinstance(item, str | int | bool) else str(item)[:200]
+
+    return clean(value)
+
+
+# ---------------------------------------------------------------------- drift, merging, summary
+
+
+def _run_drifts(
+    lm: LM, plan: Plan, drift: Drift, team: parallel.Team, progress: bool, say: Callable
+) -> dict[str, dict]:
+    """Drift of every solver; a sequence is one process's work, so processes share the solvers."""
+    found = {}
+    for name in team.share(list(plan.solvers)):
+        folder = plan.out / "drift" / name
+        found[name] = drift_module.run(
+            lm, plan.chosen, plan.stick, name, plan.solvers[name], plan.settings, folder, plan.key, drift,
+            progress and team.main, say,
+        )  # fmt: skip
+        if measuring.weights_digest(lm) != plan.clean_weights:
+            raise MintError(
+                f"solver '{name}' left the model changed after its repairs in a row; leave it out"
+            )
+    together: dict[str, dict] = {}
+    for part in team.gather([found]):
+        together |= part
+    return {name: together[name] for name in plan.solvers}
+
+
+def _merge(plan: Plan, ledger: Ledger, team: parallel.Team) -> list[dict]:
+    """The rows of this evaluation, by case and solver; with several processes, gathered into `results.jsonl`."""
+    wanted = {
+        plan.row_key(c, n): i for i, c in enumerate(plan.chosen) for n in [*plan.solvers, *plan.controls]
+    }
+    rows = {r["key"]: r for r in team.gather([r for k, r in ledger.rows.items() if k in wanted])}
+    ordered = [rows[k] for k in wanted if k in rows]
+    if team.size > 1 and team.main:
+        whole = Ledger(plan.out / "results.jsonl")
+        for row in ordered:
+            whole.append(row)
+    return ordered
+
+
+def _summary(lm, plan, rows, drifts, dropped, found, limit, drift) -> dict:
+    def of(name: str) -> dict:
+        return summary.solver_summary([r for r in rows if r["solver"] == name])
+
+    solvers = {name: of(name) for name in plan.solvers}
+    for name, result in drifts.items():
+        solvers[name]["drift"] = result["rows"]
+        solvers[name]["drift_stopped"] = result["stopped"]
+        solvers[name]["drift_revert"] = result["revert"]
+    controls = {name: of(name) for name in plan.controls}
+    missing = [
+        n
+        for n in (controls_module.RANDOM_NEURON, controls_module.RANDOM_DIRECTION)
+        if n not in controls and n not in solvers
+    ]
+    return {
+        "solvers": solvers,
+        "controls": controls,
+        "controls_missing": missing,
+        "cases": len(plan.chosen),
+        "cases_found": found,
+        "limit": limit,
+        "seed": plan.settings.seed,
+        "skipped": {"count": len(dropped), "rows": [asdict(s) for s in dropped]},
+        "errors": [
+            {"case": r["case"], "solver": r["solver"], "error": r["error"]}
+            for r in rows
+            if r["status"] == "error"
+        ],
+        "model": identity(lm),
+        "settings": _json(asdict(plan.settings)),
+        "options": asdict(plan.stick.options),
+        "drift_options": _json(asdict(drift)) if drift else None,
+        "key": plan.key,
+        "versions": versions(),
+    }
+
+
+def _write(plan: Plan, result: dict, rows: list[dict], page: bool, say: Callable) -> None:
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    write_file(plan.out / "summary.json", text + "\n", force=True)
+    write_file(plan.out / "summary.md", summary.markdown(result), force=True)
+    if page:
+        write_file(plan.out / "report.html", report.page(result, rows), force=True)
+    say(f"wrote {plan.out / 'summary.json'}, summary.md" + (", report.html" if page else ""))
