@@ -2,7 +2,7 @@
 
 import typer
 
-from mint.cli import cases, evaluate, inspect, patches, repair
+from mint.cli import INTERRUPTED, cases, evaluate, inspect, patches, repair
 
 
 def _version(show: bool) -> None:
@@ -38,5 +38,10 @@ for group in (repair, inspect, patches, evaluate, cases):
 
 def run(argv: list[str]) -> int:
     """Run one command. Raises what goes wrong; `mint.cli.main` explains it."""
-    code = typer.main.get_command(app).main(args=argv, prog_name="mint", standalone_mode=False)
+    try:
+        code = typer.main.get_command(app).main(args=argv, prog_name="mint", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None  # typer turns Ctrl-C into this, or (newer ones) into exit code 130
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

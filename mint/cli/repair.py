@@ -102,6 +102,8 @@ def repair(
             raise MintError(f"{path}: no such file; give a UTF-8 text file as --reference")
     o.check_free(out, force)
     o.check_free(report, force)
+    if report is not None and len(wanted) > 1:
+        raise typer.BadParameter("--report shows one case; use `mint evaluate` for the page of many")
     with console.working() as say:
         say("importing")
         from mint import patch as patches
@@ -128,11 +130,12 @@ def repair(
         wishes = pipeline.with_applied(wishes, applied)
         blame = pipeline.default_attribution(wishes) if attribute else None
         outcome = pipeline.repair(lm, wanted, wishes, solve, attribute=blame, say=say)
+        page = None if report is None else pipeline.report_page(lm, outcome)
         written = None
         if outcome.patch is not None and (outcome.success or partial):
             written = patches.save(outcome.patch, out or _free_name(), force=force)
-        if report is not None:
-            patches.write_file(report, pipeline.report_page(lm, outcome), force=force)
+        if report is not None and page is not None:
+            patches.write_file(report, page, force=force)
     result = pipeline.outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:
         console.print_json(result)
