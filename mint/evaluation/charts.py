@@ -73,16 +73,17 @@ def scatter(
         axes = figure.add_subplot()
         factor = 100 if percent else 1
         for number, point in enumerate(points):
+            colour = _colour(number, themed)
+            x_error, y_error = (
+                _error(point.x, point.x_interval, factor),
+                _error(point.y, point.y_interval, factor),
+            )
             axes.errorbar(
-                point.x * factor,
-                point.y * factor,
-                xerr=_error(point.x, point.x_interval, factor),
-                yerr=_error(point.y, point.y_interval, factor),
-                fmt=_MARKS[number % len(_MARKS)],
-                color=_colour(number, themed),
-                capsize=2,
-                markersize=7,
-                label=point.name,
+                point.x * factor, point.y * factor, xerr=x_error, yerr=y_error, fmt="none", color=colour, capsize=2
+            )  # fmt: skip
+            mark = _MARKS[number % len(_MARKS)]
+            axes.plot(
+                [point.x * factor], [point.y * factor], mark, color=colour, markersize=7, label=point.name
             )
         _finish(axes, x, y, title)
         widest = max((p.x * factor for p in points), default=0)

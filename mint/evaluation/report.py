@@ -63,6 +63,7 @@ def _environment():
         loader=jinja2.PackageLoader("mint.evaluation", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: spelled(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -92,19 +93,16 @@ _SPELLED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories that a reader cannot see, or that reorder what he sees: control, format, surrogate, private."""
 
 
+def spelled(text: str) -> str:
+    """Text with every invisible or reordering character spelled out, but for newlines and tabs."""
+    return "".join(
+        f"[U+{ord(c):04X}]" if c not in "\n\t" and unicodedata.category(c) in _SPELLED else c for c in text
+    )
+
+
 def visible(text: str) -> str:
-    """Text with every invisible or reordering character spelled out; newlines and tabs stay, with a mark before them."""
-    out = []
-    for character in text:
-        if character == "\n":
-            out.append("↵\n")
-        elif character == "\t":
-            out.append("⇥\t")
-        elif unicodedata.category(character) in _SPELLED:
-            out.append(f"[U+{ord(character):04X}]")
-        else:
-            out.append(character)
-    return "".join(out)
+    """`spelled`, with a mark before every newline and tab."""
+    return spelled(text).replace("\n", "↵\n").replace("\t", "⇥\t")
 
 
 _PIECES = re.compile(r"\w+|\s|[^\w\s]")
