@@ -6,8 +6,8 @@ interpretability illusion; Wu et al. 2401.12631 disagree with their test, so eve
 silently). A carrier is a good repair; it is no explanation.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ from mint.case import Case
 from mint.errors import CaseError
 from mint.lm import LM, Encoded
 from mint.neurons import override, record, record_states, start_at
-from mint.patch import NeuronEdit, Patch, applied
+from mint.patch import NeuronEdit, Patch, applied, read_neuron
 from mint.reference import Statistics, statistics
 
 CAUSE = 0.5
@@ -222,11 +222,11 @@ def _two_way(bench: _Bench) -> dict:
     return {"denoise": denoise, "noise": noise, "agree": agree}
 
 
-def _written(bench: _Bench, edit: NeuronEdit) -> tuple[Tensor, Tensor]:
-    """What the edit adds to the block's output, [tokens, d_model], and the activations after it, [tokens]."""
+def _written(bench: _Bench, edit: NeuronEdit) -> Tensor:
+    """By how much what the neuron writes changes when the patch is applied, [tokens, d_model]."""
     old = bench.before[edit.layer][:, edit.index].float().cpu()
-    new = bench.after[edit.layer][:, edit.index].float().cpu() if edit.kind == "rewrite" else old
-    return new[:, None] * edit.after["out"].float() - old[:, None] * edit.before["out"].float(), new
+    new = bench.after[edit.layer][:, edit.index].float().cpu()
+    return new[:, None] * edit.after["out"].float() - old[:, None] * edit.before["out"].float()
 
 
 def _dormancy(bench: _Bench, say: Callable) -> list[dict]:
@@ -234,7 +234,7 @@ def _dormancy(bench: _Bench, say: Callable) -> list[dict]:
     drawn = draws(bench.lm, bench.stats.key, say=say)
     out = []
     for edit in bench.patch.edits:
-        delta = _written(bench, edit)[0][bench.faults[0].position]
+        delta = _written(bench, edit)[bench.faults[0].position]
         old = edit.before["out"].float()
         change = edit.after["out"].float() - old
         value = float(bench.before[edit.layer][bench.faults[0].position, edit.index])
@@ -285,57 +285,78 @@ def _matched(bench: _Bench, edit: NeuronEdit, count: int) -> list[int]:
 @torch.no_grad()
 def _control(bench: _Bench) -> dict:
     """The same edit on matched neurons of the same layer: the same change of column (value), or the same rewrite."""
-    lm = bench.lm
     chosen = [_matched(bench, edit, CONTROLS) for edit in bench.patch.edits]
     rows = min(map(len, chosen))
     if not rows:
         return {"matched": 0, "median_share": None, "percentile": None}
-    added: dict[int, Tensor] = {}
-    for edit, others in zip(bench.patch.edits, chosen, strict=True):
-        own = _written(bench, edit)[0]
-        parts = [_as_other(bench, edit, other) for other in others[:rows]] + [own]
-        added[edit.layer] = added.get(edit.layer, 0) + torch.stack(parts)  # [rows + 1, tokens, d_model]
-    won = (bench.base - _added(lm, bench, added, rows + 1)).mean(1)  # [rows + 1]
+    # The last row is the edit where it belongs.
+    places = [[*others[:rows], e.index] for e, others in zip(bench.patch.edits, chosen, strict=True)]
+    won = (bench.base - _moved(bench, places)).mean(1)  # [rows + 1]
     share = won[:-1] / bench.gain if abs(bench.gain) > 1e-6 else None
     return {
         "matched": rows,
         "median_share": None if share is None else float(share.median()),
         "largest_share": None if share is None else float(share.max()),
         "percentile": float((won[:-1] < bench.gain).float().mean()),
-        # The edit itself, added to the block's output: how well the control's short cut reproduces the gain.
+        # The edit where it belongs, by the control's short cut: 1 if that reproduces the patch.
         "own_share": _ratio(float(won[-1]), bench.gain),
     }
 
 
-def _as_other(bench: _Bench, edit: NeuronEdit, other: int) -> Tensor:
-    """What the same edit on neuron `other` would add to the block's output, [tokens, d_model]."""
-    n = bench.before[edit.layer][:, other].float().cpu()
-    if edit.kind == "value":
-        return n[:, None] * (edit.after["out"].float() - edit.before["out"].float())
-    new = bench.after[edit.layer][:, edit.index].float().cpu()
-    column = bench.lm.columns(edit.layer)[other].float().cpu()
-    return new[:, None] * edit.after["out"].float() - n[:, None] * column
+@contextmanager
+def _as_others(bench: _Bench, edit: NeuronEdit, places: Sequence[int]) -> Iterator[None]:
+    """Within: in row i the edit sits on neuron places[i] of its layer, without any weight being written."""
+    lm, block = bench.lm, bench.lm.block(edit.layer)
+    seen: list[Tensor] = []
+
+    def enter(_module, args):
+        seen[:] = [args[0]]
+
+    def leave(_module, args, output):
+        n, x = args[0].view(len(places), -1, block.d_ff), seen[0].view(len(places), -1, block.d_model)
+        row, at = torch.arange(len(places), device=n.device), torch.tensor(list(places), device=n.device)
+        old = n[row, :, at].float()[..., None] * lm.columns(edit.layer)[at].float()[:, None]
+        new = _activation(lm, edit, x) if edit.kind == "rewrite" else n[row, :, at].float()
+        if edit.kind == "value":
+            change = (edit.after["out"].float() - edit.before["out"].float()).to(n.device)
+            extra = new[..., None] * change
+        else:
+            extra = new[..., None] * edit.after["out"].float().to(n.device) - old
+        return output + extra.to(output.dtype).reshape(output.shape)
+
+    with ExitStack() as stack:
+        stack.callback(lm.module(block.gate.module).register_forward_pre_hook(enter).remove)
+        stack.callback(lm.module(block.out).register_forward_hook(leave).remove)
+        yield
+
+
+def _activation(lm: LM, edit: NeuronEdit, x: Tensor) -> Tensor:
+    """The rewritten neuron's activations, [rows, tokens], for block inputs x [rows, tokens, d_model]."""
+    now = read_neuron(lm, edit.layer, edit.index) | edit.after
+
+    def row(role: str) -> Tensor:
+        bias = now.get(f"{role}_bias")
+        return x.float() @ now[role].float().to(x.device) + (0 if bias is None else float(bias))
+
+    gate = lm.layout.act(edit.layer)(row("gate"))
+    return gate * row("up") if "up" in now else gate
 
 
 @torch.no_grad()
-def _added(lm: LM, bench: _Bench, added: dict[int, Tensor], rows: int) -> Tensor:
-    """Metrics [rows, faults] with [rows, tokens, d_model] added to the output of each edited layer's block."""
-    lowest = min(added)
+def _moved(bench: _Bench, places: Sequence[Sequence[int]]) -> Tensor:
+    """Metrics [rows, faults] with each edit moved to another neuron a row; places: [edits][rows]."""
+    lm, rows, lowest = bench.lm, len(places[0]), bench.layers[0]
     with record_states(lm, [lowest]) as states:
         lm.logits([bench.ids], [[0]])
-    hidden, as_tuple = states.hidden[lowest], states.as_tuple
     ids = torch.tensor([bench.ids], device=lm.device).expand(rows, -1)
     positions = [f.position for f in bench.faults]
     row = torch.arange(rows, device=lm.device).repeat_interleave(len(positions))
     column = torch.tensor(positions, device=lm.device).repeat(rows)
     with ExitStack() as stack:
-        for layer, extra in added.items():
-
-            def hook(_module, _args, output, extra=extra):
-                return output + extra.to(output.device, output.dtype).reshape(output.shape)
-
-            stack.callback(lm.module(lm.block(layer).out).register_forward_hook(hook).remove)
-        stack.enter_context(start_at(lm, lowest, hidden.expand(rows, -1, -1), as_tuple))
+        for edit, where in zip(bench.patch.edits, places, strict=True):
+            stack.enter_context(_as_others(bench, edit, where))
+        hidden = states.hidden[lowest].expand(rows, -1, -1)
+        stack.enter_context(start_at(lm, lowest, hidden, states.as_tuple))
         stack.enter_context(lm.only_at(row, column))
         logits = lm.model(input_ids=ids, use_cache=False).logits[0].float()
     return differences(logits, list(bench.faults) * rows).view(rows, -1).cpu()
@@ -347,7 +368,7 @@ def _readout(bench: _Bench) -> dict:
     if bench.lm.layout.final_norm is None:
         return {"direct": None, "share": None}
     reads = direct_gradient(bench.lm, bench.run).cpu()
-    delta = sum(_written(bench, edit)[0][bench.faults[0].position] for edit in bench.patch.edits)
+    delta = sum(_written(bench, edit)[bench.faults[0].position] for edit in bench.patch.edits)
     direct = -float(delta @ reads)
     return {"direct": direct, "gain": gain, "share": _ratio(direct, gain)}
 
