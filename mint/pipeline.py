@@ -33,6 +33,9 @@ SPECIFICITY = "specificity.jsonl"
 
 Say = Callable[[str], None]
 Attribute = Callable[[LM, Problem], Any]
+Judge = Callable[[LM, Problem, Patch], Any]
+_EXPLAINING = ("attribute", "verdict")
+"""Steps that explain a repair and are not needed for it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ class Repair:
     solution: Solution | None = None
     attribution: Any = None
     """The `Attribution`, where one was asked for."""
+    verdict: Any = None
+    """Whether the edited neurons were the cause of the fault or carry the repair, where that was asked for."""
     timing: dict[str, float] = field(default_factory=dict)
-    """Seconds by step: encode, attribute, solve, verify."""
+    """Seconds by step: generate, attribute, solve, verify, verdict."""
 
     @property
     def success(self) -> bool:
@@ -87,8 +92,8 @@ class Repair:
 
     @property
     def seconds(self) -> float:
-        """All of the work on this case but the measuring of side effects."""
-        return sum(self.timing.values())
+        """What the repair took: generate, solve, verify. Explaining it and measuring side effects are not in it."""
+        return sum(t for step, t in self.timing.items() if step not in _EXPLAINING)
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,14 @@ def repair(
     solve: Solver,
     *,
     attribute: Attribute | None = None,
+    judge: Judge | None = None,
     say: Say = lambda _: None,
 ) -> Outcome:
     """Repair the cases one after another on one model; every repair protects the ones before it.
 
     The model is bit-identical afterwards. solve: see `mint.solver.SOLVERS`. attribute: called for every case that needs
-    a repair, its result goes into `Repair.attribution`. say: told what happens. A case without an acceptable repair is
+    a repair, its result goes into `Repair.attribution`. judge: called for every accepted patch while it is not applied,
+    its result goes into `Repair.verdict`. say: told what happens. A case without an acceptable repair is
     refused in its `Repair`; `CaseError` is raised for cases that cannot be used, before anything is solved.
     """
     _check_wishes(wishes)
@@ -157,7 +164,7 @@ def repair(
             problem = Problem(
                 case, encoded[number], _keeps(lm, case, wishes), tuple(earlier), frozenset(used)
             )
-            accepted = _repair_one(lm, problem, wishes, solve, attribute, say, before, timing)
+            accepted = _repair_one(lm, problem, wishes, solve, attribute, judge, say, before, timing)
             repairs.append(accepted)
             if accepted.patch is not None:
                 edits.enter_context(changed(lm, accepted.patch))
@@ -182,6 +189,7 @@ def _repair_one(
     wishes: Wishes,
     solve: Solver,
     attribute: Attribute | None,
+    judge: Judge | None,
     say: Say,
     before: str,
     timing: dict[str, float],
@@ -207,6 +215,9 @@ def _repair_one(
                 found |= verify(lm, problem, wishes)
         finally:
             timing["verify"] = time.perf_counter() - started
+        if judge is not None:
+            say(f"{problem.case.id}: cause or carrier")
+            timing["verdict"], found["verdict"] = _timed(lambda: judge(lm, problem, patch))
     except _Refused as refusal:
         return Repair(problem.case, before, before, reason=str(refusal), timing=timing, **found)
     return Repair(problem.case, before, problem.case.target, patch, timing=timing, **found)
@@ -409,6 +420,19 @@ def with_applied(wishes: Wishes, patches: Sequence[Patch]) -> Wishes:
     return replace(wishes, applied=tuple(patches))
 
 
+def default_verdict() -> Judge:
+    """`mint.attribution.verdict`: were the edited neurons the cause of the fault, or do they carry the repair?"""
+    from mint.attribution import verdict
+
+    def judge(lm: LM, problem: Problem, patch: Patch) -> Any:
+        try:
+            return verdict(lm, problem, patch)
+        except CaseError:
+            return None  # no fault with the answer fed in: nothing to test
+
+    return judge
+
+
 def default_attribution(wishes: Wishes, exact: int = 32) -> Attribute:
     """A quick `mint.attribution.attribute`: against the healthy mean, the best few checked exactly."""
     from mint.attribution import attribute
@@ -469,6 +493,8 @@ def repair_as_dict(one: Repair) -> dict:
         "timing": {step: round(seconds, 4) for step, seconds in one.timing.items()},
         "reason": one.reason,
         "note": one.note,
+        "attribution": one.attribution.to_json() if one.attribution else None,
+        "verdict": one.verdict.to_json() if one.verdict else None,
         "details": _jsonable(one.solution.details) if one.solution else {},
     }
 

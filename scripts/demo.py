@@ -63,6 +63,7 @@ def main() -> int:
         wishes,
         pipeline.solver_named("mint"),
         attribute=pipeline.default_attribution(wishes),
+        judge=pipeline.default_verdict(),
         say=say,
     )
     for one in outcome.repairs:
@@ -76,6 +77,8 @@ def main() -> int:
             print(
                 f"edit         layer {n['layer']}, neuron {n['index']} ({n['kind']}), in {one.seconds:.1f} s"
             )
+        if one.verdict is not None:
+            print(f"these neurons are: {one.verdict.label}")
     if not outcome.success or outcome.patch is None:
         raise MintError(f"no acceptable repair: {outcome.reason}")
 

@@ -41,6 +41,7 @@ def fault(broken, monkeypatch, tmp_path):
     solver = undoing(undo)
     monkeypatch.setattr("mint.pipeline.solver_named", lambda name: solver)
     monkeypatch.setattr("mint.pipeline.default_attribution", lambda wishes: None)
+    monkeypatch.setattr("mint.pipeline.default_verdict", lambda: None)
     monkeypatch.chdir(tmp_path)
     return folder, case
 
@@ -127,7 +128,7 @@ def test_a_target_already_written_is_success_without_a_patch(broken, capsys, tmp
     monkeypatch.setattr("mint.pipeline.solver_named", lambda name: None)
     lm = load_lm(str(folder))
     ids, target = next((p, t) for p, t in written(lm, 3).items() if t)
-    asked = ["-p", lm.decode(ids), "-t", target, "--stop", "none", "--json", "--no-attribute"]
+    asked = ["-p", lm.decode(ids), "-t", target, "--stop", "none", "--json"]
     code, out, err = run(capsys, "repair", "-m", folder, *asked)
     result = json.loads(out)
     assert code == 0 and err == "" and result["success"] is True

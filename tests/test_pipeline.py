@@ -167,7 +167,7 @@ def test_an_exception_in_the_solver_leaves_the_model_as_it_was(fault, error):
     assert same_bits(clean, weights_of(lm))
 
 
-@pytest.mark.parametrize("where", ["mint.pipeline.margins", "mint.pipeline.specificity.compare"])
+@pytest.mark.parametrize("where", ["mint.pipeline.verify", "mint.pipeline.specificity.compare"])
 def test_an_interrupt_while_the_edit_is_in_takes_it_out(fault, monkeypatch, where):
     lm, case, undo = fault
     clean, solve = weights_of(lm), undoing(undo)
@@ -311,17 +311,23 @@ def test_the_json_keys_of_the_contract(fault):
     assert sum(shown["timing"].values()) == pytest.approx(shown["seconds"], abs=1e-3)
 
 
-def test_attribution_is_carried_along(fault):
+def test_explanations_are_carried_along_and_not_timed_as_repair(fault):
     lm, case, undo = fault
-    seen = []
+    clean, seen = weights_of(lm), []
 
     def attribute(model, problem):
         seen.append(problem.case)
         return "blame"
 
-    outcome = repair(lm, [case], WISHES, undoing(undo), attribute=attribute)
-    assert seen == [case] and outcome.repairs[0].attribution == "blame"
-    assert "attribute" in outcome.repairs[0].timing
+    def judge(model, problem, patch):
+        assert same_bits(clean, weights_of(model)), "the patch is judged while it is not applied"
+        seen.append(patch)
+        return "carrier"
+
+    (one,) = repair(lm, [case], WISHES, undoing(undo), attribute=attribute, judge=judge).repairs
+    assert seen == [case, one.patch] and (one.attribution, one.verdict) == ("blame", "carrier")
+    assert list(one.timing) == ["generate", "attribute", "solve", "verify", "verdict"]
+    assert one.seconds == sum(one.timing[s] for s in ("generate", "solve", "verify"))
 
 
 def test_settings_reach_the_solver(fault):

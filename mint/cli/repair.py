@@ -62,10 +62,14 @@ def repair(
     verify_dtype: Annotated[
         list[str] | None, typer.Option(help="Dtype in which the repair must hold too; may be repeated.")
     ] = None,
-    attribute: Annotated[
-        bool,
-        typer.Option("--attribute/--no-attribute", help="Rank the neurons behind the fault for the report."),
-    ] = True,
+    explain: Annotated[
+        bool | None,
+        typer.Option(
+            "--explain/--no-explain",
+            help="Rank the neurons behind the fault, and tell cause from carrier; default unless --json.",
+            show_default=False,
+        ),
+    ] = None,
     partial: Annotated[
         bool,
         typer.Option("--partial", help="With several cases: write the patch although some were refused."),
@@ -128,8 +132,16 @@ def repair(
         solve = pipeline.solver_named(solver)
         lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say)
         wishes = pipeline.with_applied(wishes, applied)
-        blame = pipeline.default_attribution(wishes) if attribute else None
-        outcome = pipeline.repair(lm, wanted, wishes, solve, attribute=blame, say=say)
+        explained = not as_json if explain is None else explain
+        outcome = pipeline.repair(
+            lm,
+            wanted,
+            wishes,
+            solve,
+            attribute=pipeline.default_attribution(wishes) if explained else None,
+            judge=pipeline.default_verdict() if explained else None,
+            say=say,
+        )
         page = None if report is None else pipeline.report_page(lm, outcome)
         written = None
         if outcome.patch is not None and (outcome.success or partial):
@@ -173,6 +185,8 @@ def _show(outcome, result: dict) -> None:
             console.note(one.note, "green")
         if one.attribution is not None:
             show_neurons(one.attribution.to_json())
+        if one.verdict is not None:
+            console.note(f"the edited neurons: {one.verdict.label}; {'; '.join(one.verdict.reasons)}")
         if one.reason:
             console.note(f"refused: {one.reason}", "red")
     edits = [(n["layer"], n["index"], n["kind"]) for n in result["neurons"]]
