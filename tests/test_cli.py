@@ -394,6 +394,49 @@ def test_cases_from_a_log(capsys, tmp_path, monkeypatch):
     fails(capsys, 1, "no such file", "cases", "from-diff", "none.jsonl", "--out", "x.jsonl")
 
 
+# ---------------------------------------------------------------------- evaluate, attribute
+
+
+def test_evaluate_writes_the_files_of_the_contract(broken, capsys, tmp_path, monkeypatch):
+    folder, case, undo = broken
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mint.solver.SOLVERS", {"mint": undoing(undo)}, raising=False)
+    rows = [{"id": "a", "prompt": case.prompt, "target": case.target}, {"id": "b", "prompt": "q"}]
+    Path("cases.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    asked = ["evaluate", "-m", folder, "--cases", "cases.jsonl", "--out", "r", "--stop", "none", "--json"]
+    code, out, err = run(capsys, *asked)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert json.loads(Path("r/summary.json").read_text()) == summary
+    assert summary["solvers"]["mint"]["cases"] == 1 and summary["skipped"]["count"] == 1
+    assert {"results.jsonl", "summary.json", "summary.md", "report.html"} <= {
+        p.name for p in Path("r").iterdir()
+    }
+    fails(capsys, 1, "none.jsonl: no such file", *asked[:4], "none.jsonl", *asked[5:])
+    fails(capsys, 1, "unknown solver 'star'; known are mint", *asked, "--solver", "star")
+    fails(capsys, 2, "limit", *asked, "--limit", "0")
+
+
+def test_attribute_keeps_its_contract(broken, capsys, tmp_path, monkeypatch):
+    folder, case, _ = broken
+    monkeypatch.chdir(tmp_path)
+    asked = ["attribute", "-m", folder, "-p", case.prompt, "-t", case.target, "--stop", "none"]
+    zero = ["--reference", "zero", "--top", "5"]
+    code, out, err = run(capsys, *asked, *zero, "--json")
+    assert code == 0 and err == ""
+    found = json.loads(out)
+    assert {"position", "wrong", "desired", "logit_difference"} <= set(found["fault"])
+    assert found["reference"] == "zero" and 1 <= len(found["neurons"]) <= 5
+    wanted = {"layer", "index", "position", "linear", "exact", "linear_summed"}
+    assert all(wanted <= set(n) for n in found["neurons"])
+    assert {"spearman", "sign", "recall_at_10"} <= set(found["agreement"])
+    code, out, err = run(capsys, *asked, *zero)
+    assert code == 0 and len(out.splitlines()) == len(found["neurons"]) and "neurons behind" in err
+    fails(capsys, 1, "reference", *asked, "--reference", "nonsense")
+    fails(capsys, 2, "--exact", *asked, "--exact", "many")
+    fails(capsys, 1, "unknown method", *asked, "--method", "nonsense")
+
+
 # ---------------------------------------------------------------------- help, colours, the process
 
 
