@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mint.attribution import attribute, find_faults, linear_scores
+from mint.attribution import attribute, find_faults, linear_scores, plots
 from mint.attribution.exact import exact_scores, joint_effect, noise_scores, record_run
 from mint.attribution.faults import Fault
 from mint.attribution.methods import METHODS, estimate, norms, relevance_rules
@@ -367,3 +367,32 @@ def test_the_default_holds_its_promise_on_the_real_model(real_lm):
     found = attribute(real_lm, case, stability=False)
     assert found.agreement["spearman"] >= 0.95 and found.agreement["recall_at_10"] >= 0.9
     assert found.no_op < 1e-3
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_pictures_are_written_and_not_overwritten(lm, tmp_path, ending):
+    found = run_on(lm, top=4, stability=False)
+    written = plots.save(lm, found, tmp_path / f"why.{ending}")
+    assert [p.name for p in written] == [f"why.{ending}", f"why-bars.{ending}", f"why-lens.{ending}"]
+    start = b"<svg" if ending == "svg" else b"\x89PNG"
+    assert all(p.read_bytes().startswith(start) and p.stat().st_size > 2000 for p in written)
+    with pytest.raises(MintError, match="exists; give another name"):
+        plots.save(lm, found, tmp_path / f"why.{ending}")
+    assert plots.save(lm, found, tmp_path / f"why.{ending}", force=True) == written
+
+
+def test_pictures_of_another_format_or_without_a_run_are_refused(lm, tmp_path):
+    found = run_on(lm, top=4, stability=False)
+    with pytest.raises(MintError, match="ending in .png or .svg, found '.gif'"):
+        plots.save(lm, found, tmp_path / "why.gif")
+    with pytest.raises(MintError, match="run attribute again"):
+        plots.save(lm, replace(found, used=None), tmp_path / "why.png")
+
+
+def test_tokens_that_matplotlib_would_read_as_mathematics_can_be_drawn(lm):
+    found = run_on(lm, top=4, stability=False)
+    odd = replace(found, fault=found.fault | {"wrong": "$x^", "desired": "\x00\n\u4e2d"})
+    assert plots.svg(plots.bars(odd)).startswith("<svg")

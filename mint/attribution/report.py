@@ -36,7 +36,7 @@ DAMAGE_KL = 1.0
 ALWAYS_ON = 0.5
 """A neuron with E[n]^2 >= this share of E[n^2] on reference text is always on: a bias, no detector."""
 TAIL = 160
-"""Neurons drawn at random from those not screened, to bound what screening missed."""
+"""Most neurons drawn at random from those not screened, to bound what screening missed."""
 CONTROLS = 20
 """Matched random neurons of the same layer for each of the guiltiest."""
 CONTEXTS = 4
@@ -124,6 +124,8 @@ def attribute(
     fault; default the first. stats: `statistics(lm)` if at hand. stability: rerun the screen on rephrasings, or behind
     neutral first lines. Raises `CaseError` where there is no fault or the counterfactual fails its checks, `MintError`
     for an unknown name or number.
+
+    `exact=32, stability=False` is the quick form that goes with a repair.
     """
     started = time.perf_counter()
     encoded, case = encoded or getattr(case, "encoded", None), getattr(case, "case", case)
@@ -162,7 +164,7 @@ def attribute(
         joint=_joint(lm, flat, rows) if exact != 0 else {},
         controls=_controls(lm, flat, rows) if exact != 0 else [],
         stability=_stability(lm, flat, encoded, case, say) if stability else {},
-        references=_between_references(lm, flat, stats, say),
+        references=_between_references(lm, flat, stats, stability, say),
         faults=[_fault_json(lm, f) for f in found],
         checked=len(flat.checked),
         no_op=run.no_op_error,
@@ -257,7 +259,8 @@ def _check_exactly(lm: LM, flat: _Flat, exact: int | str, top: int, seed: int, s
     rest = torch.ones(len(flat.estimate), dtype=torch.bool)
     rest[places] = False
     rest = rest.nonzero()[:, 0]
-    flat.tail = rest[torch.randperm(len(rest), generator=generator)[:TAIL]].tolist()
+    count = min(TAIL, int(exact) + 32)
+    flat.tail = rest[torch.randperm(len(rest), generator=generator)[:count]].tolist()
     places = places + flat.tail
     effects = exact_scores(lm, flat.run, [flat.neuron(p) for p in places], flat.used.values)
     flat.exact[torch.tensor(places)] = effects
@@ -540,13 +543,13 @@ def _stability(lm: LM, flat: _Flat, encoded: Encoded, case: Case, say: Callable)
     }
 
 
-def _between_references(lm: LM, flat: _Flat, stats: Statistics, say: Callable) -> dict:
+def _between_references(lm: LM, flat: _Flat, stats: Statistics, resample: bool, say: Callable) -> dict:
     """Spearman of this reference's linear scores with those of the others; the gradient is the same, so it is free."""
     change = flat.reference - flat.value
     gradient = torch.where(change != 0, flat.linear / change, torch.zeros_like(change))
     others = {"mean": flat.mean, "zero": torch.zeros_like(flat.mean)}
-    drawn = draws(lm, stats.key, say=say)
-    others["resample"] = _cat([layer[0] for layer in drawn])
+    if resample:
+        others["resample"] = _cat([layer[0] for layer in draws(lm, stats.key, say=say)])
     return {
         name: spearman(flat.linear, gradient * (value - flat.value))
         for name, value in others.items()
