@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from mint.errors import ModelError
 from mint.lm import LM
 
 
@@ -119,9 +122,14 @@ def start_at(lm: LM, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[Non
     def skip(*_args, **_kwargs):
         return (hidden,) if as_tuple else hidden
 
+    def enter(_module, args, kwargs):
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
     with ExitStack() as stack:
         for index in range(layer):
             stack.enter_context(_forward_replaced(lm.layer(index), skip))
+        if layer == 0:
+            stack.callback(lm.layer(0).register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield
 
 
@@ -149,3 +157,37 @@ def suffix_logits(
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=lm.device)
     with start_at(lm, layer, hidden, as_tuple), lm.only_at(rows, columns):
         return lm.model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+class _KeptLayer(DynamicLayer):
+    """Keys and values of one layer's prefix, batch 1, lent to any number of rows; new ones are not kept."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
+        rows = key_states.shape[0]
+        return (
+            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
+            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2),
+        )
+
+
+def kept_prefix(lm: LM, cache: DynamicCache, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [1, heads, length, size] of the first tokens in a filled cache, layer by layer.
+
+    Raises `ModelError` for a model that keeps something else.
+    """
+    pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in getattr(cache, "layers", [])]
+    if len(pairs) != lm.n_layers or any(k is None or k.dim() != 4 or k.shape[-2] < length for k, _ in pairs):
+        raise ModelError(f"{lm.name} keeps no plain keys and values; mint cannot restart it inside a prompt")
+    return [(k[..., :length, :], v[..., :length, :]) for k, v in pairs]
+
+
+def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache that lends the prefix to any number of rows and keeps nothing new."""
+    cache = DynamicCache()
+    cache.layers = [_KeptLayer(keys, values) for keys, values in prefix]
+    return cache

@@ -12,19 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from mint.errors import MintError
 from mint.lm import LM
 from mint.loading import cache_dir
 from mint.neurons import record, record_block_inputs
 
-_VERSION = 2
+_VERSION = 3
 WINDOW = 192
 """Tokens of one reference passage; longer texts are cut into passages."""
+SAMPLE_DEPTHS = (0.8, 0.9, 0.67)
+"""Layers, as shares of all, whose single inputs are kept too: where the solver edits, in the order it tries them."""
+SAMPLE_TOKENS = 8192
+"""Most single inputs kept a layer; evenly spaced over the reference text."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,18 @@ class Statistics:
     than anything behind it: with them the mean is no typical value."""
     neurons_square: list[Tensor]
     """E[n^2], [d_ff] a layer."""
+    sample: dict[int, Tensor]
+    """Single block inputs of the layers of `sample_layers`, layer -> [tokens kept, d_model], float16."""
     key: str
+
+
+def sample_layers(lm: LM) -> list[int]:
+    """The layers of `SAMPLE_DEPTHS` in this model, without repeats, in order of preference."""
+    layers = [min(lm.n_layers - 1, int(depth * lm.n_layers)) for depth in SAMPLE_DEPTHS]
+    return list(dict.fromkeys(layers))
+
+
+_MEMO: "WeakKeyDictionary[nn.Module, dict[tuple, Statistics]]" = WeakKeyDictionary()
 
 
 def reference_texts(extra: Sequence[str | Path] = ()) -> list[str]:
@@ -86,6 +102,15 @@ def statistics(
     extra: the user's own text files. One forward a passage; memory is one d_model x d_model matrix a layer.
     """
     texts = reference_texts(extra)
+    # Edits of a few neurons hardly move these averages: a live model is measured once, not again after each repair.
+    memo = _MEMO.setdefault(lm.model, {})
+    place = (tuple(texts), lm.dtype)
+    if place not in memo:
+        memo[place] = _cached(lm, texts, say, cache)
+    return memo[place]
+
+
+def _cached(lm: LM, texts: Sequence[str], say: Callable[[str], None], cache: bool) -> Statistics:
     key = reference_key(lm, texts)
     path = cache_dir() / "statistics" / f"{key}.safetensors"
     if cache and path.exists():
@@ -122,6 +147,7 @@ def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics
         "neurons_mean": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
         "neurons_square": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
     }
+    samples: dict[int, list[Tensor]] = {layer: [] for layer in sample_layers(lm)}
     tokens = inner_tokens = 0
     order = sorted(sequences, key=len)
     while order:
@@ -141,13 +167,20 @@ def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics
             x = inputs[layer][real.to(inputs[layer].device)].float()
             n = neurons[layer][real.to(neurons[layer].device)].float()
             sums["inputs_second"][layer] += (x.T @ x).double().cpu()
+            if layer in samples:
+                samples[layer].append(x.half().cpu())
             sums["inputs_mean"][layer] += x.sum(0).double().cpu()
             at = inner.to(neurons[layer].device)
             sums["neurons_mean"][layer] += neurons[layer][at].float().sum(0).double().cpu()
             sums["neurons_square"][layer] += n.square().sum(0).double().cpu()
+    kept = {layer: _thin(torch.cat(parts)) for layer, parts in samples.items()}
     count = dict.fromkeys(sums, max(tokens, 1)) | {"neurons_mean": max(inner_tokens, 1)}
     means = {name: [(s / count[name]).float() for s in values] for name, values in sums.items()}
-    return Statistics(tokens, **means, key=key)
+    return Statistics(tokens, **means, sample=kept, key=key)
+
+
+def _thin(rows: Tensor) -> Tensor:
+    return rows[:: max(1, -(-len(rows) // SAMPLE_TOKENS))].contiguous()
 
 
 _FIELDS = ("inputs_second", "inputs_mean", "neurons_mean", "neurons_square")
@@ -155,6 +188,7 @@ _FIELDS = ("inputs_second", "inputs_mean", "neurons_mean", "neurons_square")
 
 def _store(path: Path, found: Statistics) -> None:
     tensors = {f"{name}.{i}": t for name in _FIELDS for i, t in enumerate(getattr(found, name))}
+    tensors |= {f"sample.{layer}": rows for layer, rows in found.sample.items()}
     tensors["tokens"] = torch.tensor(found.tokens)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,4 +203,5 @@ def _store(path: Path, found: Statistics) -> None:
 def _unpack(tensors: dict[str, Tensor], key: str) -> Statistics:
     n = sum(name.startswith("inputs_mean.") for name in tensors)
     fields = {name: [tensors[f"{name}.{i}"] for i in range(n)] for name in _FIELDS}
-    return Statistics(int(tensors["tokens"]), **fields, key=key)
+    sample = {int(name.split(".")[1]): rows for name, rows in tensors.items() if name.startswith("sample.")}
+    return Statistics(int(tensors["tokens"]), **fields, sample=sample, key=key)

@@ -1,0 +1,57 @@
+"""What a layer's input rows see: at the target behind other prompts, and at outputs that must survive.
+
+Forwards stop at the layer. Inputs of guarded texts are remembered as long as the model lives.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mint.lm import LM
+from mint.neurons import record_block_inputs
+
+_SEEN: "WeakKeyDictionary[nn.Module, dict[tuple, Tensor]]" = WeakKeyDictionary()
+
+
+class _Reached(Exception):
+    """Ends a forward once the layer's inputs are known."""
+
+
+@contextmanager
+def _stopped_after(module: nn.Module) -> Iterator[None]:
+    def stop(*_):
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def block_inputs(lm: LM, layer: int, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Block inputs of a layer, float32 on CPU, one [tokens, d_model] a sequence."""
+    with record_block_inputs(lm, [layer]) as seen, _stopped_after(lm.module(lm.block(layer).gate.module)):
+        lm.logits(sequences, [[0] for _ in sequences])
+    return [seen[layer][i, : len(s)].float().cpu() for i, s in enumerate(sequences)]
+
+
+def inputs_behind(lm: LM, layer: int, prompts: Sequence[Sequence[int]], target: Sequence[int]) -> Tensor:
+    """Block inputs [prompts, n, d_model] at the positions that predict the n target tokens behind each prompt."""
+    found = block_inputs(lm, layer, [[*p, *target[:-1]] for p in prompts])
+    return torch.stack([x[len(p) - 1 :] for x, p in zip(found, prompts, strict=True)])
+
+
+def inputs_of(lm: LM, layer: int, ids: Sequence[int], below: frozenset[tuple[int, int]]) -> Tensor:
+    """Block inputs [tokens, d_model] of one guarded text; remembered for the edits `below` the layer as they are."""
+    seen = _SEEN.setdefault(lm.model, {})
+    key = (layer, tuple(ids), below)
+    if key not in seen:
+        seen[key] = block_inputs(lm, layer, [ids])[0]
+    return seen[key]

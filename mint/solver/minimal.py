@@ -1,0 +1,525 @@
+"""The minimal-edit solver `mint`: the smallest change of one neuron, of two if need be, that writes a whole target.
+
+A *rewrite* makes a neuron fire at the fault and nowhere else (rows.py) and write what every position needs; a *value*
+edit changes only what a neuron writes where it fires anyway. Either way the column is the smallest vector that lifts
+every target token over its rivals by a margin (columns.py). This module chooses: which neuron, which layer, one or two,
+cause or carrier; protects what must stay; and checks the result in the real weights. Formulas: docs/solver.md.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mint.attribution.faults import find_faults
+from mint.attribution.linear import linear_scores
+from mint.errors import MintError
+from mint.lm import LM
+from mint.neurons import record
+from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
+from mint.reference import Statistics, sample_layers, statistics
+from mint.solver.columns import Trial, fit_columns, shrink
+from mint.solver.common import Problem, Settings, Solution, margins
+from mint.solver.inputs import inputs_behind, inputs_of
+from mint.solver.rows import Background, InputRows, Inputs, fit_rows
+from mint.solver.tail import Clean, Tail, run_clean
+from mint.solver.variants import rephrase, strangers
+
+NAME = "mint"
+WHERE = ("auto", "responsible", "idle")
+RESPONSIBLE = 20
+"""How many of the most guilty neurons of a layer count as responsible."""
+CHEAP = 0.002
+"""A responsible neuron is cheap to overwrite if it writes at most this share of its layer's energy on reference text."""
+GUARD_WEIGHT = 0.02
+"""Weight of an input that must stay silent for the sake of a kept output or an earlier repair."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The dial `generalize` in numbers. Chosen on training rows; see docs/solver.md."""
+
+    margin: float
+    """Logits by which every target token must lead its best rival."""
+    silence: float
+    """How far below the firing threshold other inputs are pulled."""
+    like_weight: float
+    """Weight of each input that should fire as well."""
+    variants: int
+    """Rephrasings made from the prompt, and as many strangers."""
+    ridge: float = 1e-3
+
+
+_DIAL = (
+    (0.0, Recipe(margin=1.0, silence=1.0, like_weight=0.05, variants=4)),
+    (0.5, Recipe(margin=2.0, silence=1.0, like_weight=0.2, variants=8)),
+    (1.0, Recipe(margin=8.0, silence=0.7, like_weight=0.5, variants=8)),
+)
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """The recipe for `settings.generalize` (0 to 1, geometric between the measured points) and `settings.margin`.
+
+    Raises `MintError` for a dial outside 0 to 1 or a margin that is no positive number.
+    """
+    dial = settings.generalize
+    if not 0 <= dial <= 1:
+        raise MintError(
+            f"generalize must lie between 0 and 1, found {dial}; 0 changes least, 1 carries over most"
+        )
+    (low, a), (high, b) = next(pair for pair in zip(_DIAL, _DIAL[1:], strict=False) if dial <= pair[1][0])
+    t = (dial - low) / (high - low)
+
+    def between(x: float, y: float) -> float:
+        return math.exp((1 - t) * math.log(x) + t * math.log(y))
+
+    recipe = Recipe(
+        between(a.margin, b.margin),
+        between(a.silence, b.silence),
+        between(a.like_weight, b.like_weight),
+        round(between(a.variants, b.variants)),
+    )
+    if settings.margin is None:
+        return recipe
+    if not 0 < settings.margin < math.inf:
+        raise MintError(
+            f"margin must be a positive number of logits, found {settings.margin}; the default is 2"
+        )
+    return replace(recipe, margin=settings.margin)
+
+
+# ---------------------------------------------------------------------- the task of one repair
+
+
+@dataclass
+class _Task:
+    """What is known before a neuron is chosen."""
+
+    lm: LM
+    problem: Problem
+    settings: Settings
+    recipe: Recipe
+    stats: Statistics
+    clean: Clean
+    target: Tensor
+    fire: Tensor
+    """[n] bool: positions where the neuron must act, since the target token does not lead by half a logit."""
+    wanted: Tensor
+    """[n] margins to reach: the recipe's where the neuron fires; elsewhere half of what is there, at most the recipe's."""
+    whole: Clean | None = None
+
+    def tail(self, layer: int) -> Tail:
+        if layer not in self.clean.tails:
+            self.clean.tails.update(run_clean(self.lm, self.problem.encoded, [layer]).tails)
+        return self.clean.tails[layer]
+
+
+def _prepare(lm: LM, problem: Problem, settings: Settings, layers: Sequence[int]) -> _Task:
+    recipe = recipe_of(settings)
+    stats = statistics(lm, settings.reference)
+    clean = run_clean(lm, problem.encoded, layers)
+    target = torch.tensor(problem.encoded.target)
+    own = clean.logits.gather(1, target[:, None])[:, 0]
+    found = own - clean.logits.scatter(1, target[:, None], float("-inf")).amax(1)
+    fire = found < min(recipe.margin, 0.5)
+    margin = torch.tensor(recipe.margin)
+    wanted = torch.where(fire, margin, torch.minimum(margin, found) / 2)
+    return _Task(lm, problem, settings, recipe, stats, clean, target, fire, wanted)
+
+
+def _check(settings: Settings) -> None:
+    if settings.where not in WHERE:
+        raise MintError(f"where must be one of {', '.join(WHERE)}, found '{settings.where}'")
+    if settings.max_neurons not in (1, 2):
+        raise MintError(f"max_neurons must be 1 or 2, found {settings.max_neurons}")
+
+
+def _layers(lm: LM, settings: Settings) -> list[int]:
+    if settings.layers is None:
+        return sample_layers(lm)
+    bad = [layer for layer in settings.layers if not 0 <= layer < lm.n_layers]
+    if bad or not settings.layers:
+        raise MintError(f"layers must lie in 0 to {lm.n_layers - 1}, found {bad or 'none'}")
+    return list(settings.layers)
+
+
+# ---------------------------------------------------------------------- which neuron
+
+
+@dataclass(frozen=True)
+class _Carrier:
+    layer: int
+    index: int
+    role: str
+    """`responsible` or `idle`."""
+    energy: float
+    """Share of its layer's written energy on reference text, E[n^2] |column|^2 over the layer's sum: what is lost."""
+    score: float | None
+    """Linear effect of silencing it on the faults; negative: it is behind them."""
+
+
+def _energies(task: _Task, layer: int) -> Tensor:
+    written = task.lm.columns(layer).float().square().sum(1).cpu()
+    energy = task.stats.neurons_square[layer] * written
+    return energy / energy.sum().clamp_min(1e-30)
+
+
+def _blame(task: _Task) -> list[Tensor]:
+    """Linear score of every neuron for the sum of the faults, summed over positions; one tensor [d_ff] a layer."""
+    faults = find_faults(task.lm, task.problem.encoded)
+    mean = task.stats.neurons_mean
+    if not faults:  # every token is right, some by too little: nothing to blame
+        return [torch.zeros(block.d_ff) for block in task.lm.layout.blocks]
+    return [
+        s.sum(0).cpu()
+        for s in linear_scores(task.lm, task.problem.encoded, faults, mean, combined=True).summed
+    ]
+
+
+def _carriers(task: _Task, layer: int, blame: list[Tensor] | None, count: int) -> list[_Carrier]:
+    """The `count` best neurons of a layer to rewrite: responsible and cheap ones first, then idle ones."""
+    energies = _energies(task, layer)
+    used = {index for at, index in task.problem.used if at == layer}
+    free = torch.tensor([i not in used for i in range(len(energies))])
+    where = task.settings.where
+    responsible: list[int] = []
+    if blame is not None and where != "idle":
+        order = blame[layer].argsort().tolist()
+        guilty = [i for i in order[:RESPONSIBLE] if blame[layer][i] < 0 and free[i]]
+        guilty.sort(key=lambda i: float(energies[i]))
+        responsible = guilty if where == "responsible" else [i for i in guilty if energies[i] <= CHEAP]
+    idle = (
+        [] if where == "responsible" else energies.masked_fill(~free, float("inf")).argsort()[:count].tolist()
+    )
+    chosen = [(i, "responsible") for i in responsible] + [(i, "idle") for i in idle if i not in responsible]
+
+    def score(index: int) -> float | None:
+        return None if blame is None else float(blame[layer][index])
+
+    return [_Carrier(layer, i, role, float(energies[i]), score(i)) for i, role in chosen[:count]]
+
+
+# ---------------------------------------------------------------------- rewriting neurons
+
+
+def _splits(fire: Tensor, most: int) -> list[list[Tensor]]:
+    """Ways to share the firing positions among neurons: one for all, then two halves in reading order."""
+    ways = [[fire]]
+    places = fire.nonzero().flatten()
+    if most > 1 and len(places) > 1:
+        first = torch.zeros_like(fire)
+        first[places[: len(places) // 2]] = True
+        ways.append([first, fire & ~first])
+    return ways
+
+
+def _good(trial: Trial, task: _Task) -> bool:
+    """Whether every position leads as asked, up to a fifth of the margin: the rest is left to rounding."""
+    return bool((trial.margins >= task.wanted - 0.2 * task.recipe.margin).all() and (trial.margins > 0).all())
+
+
+def _other_prompts(task: _Task) -> tuple[list[list[int]], int]:
+    """Prompts behind which the neuron should fire as well, and how many of them mean the same (they come first)."""
+    lm, case = task.lm, task.problem.case
+    same = list(case.rephrasings) if task.settings.learn_rephrasings else []
+    same += rephrase(case.prompt, task.recipe.variants, task.settings.seed)
+    foreign = strangers(case.prompt, task.recipe.variants, task.settings.seed)
+    return [lm.encode_prompt(p) for p in same + foreign], len(same)
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """Inputs of one layer around the fault."""
+
+    others: Tensor
+    """[prompts, n, d_model] behind other prompts."""
+    same: int
+    """How many of them mean the same."""
+    guarded: Tensor
+    """[k, d_model] of kept outputs and earlier repairs."""
+
+
+def _surroundings(task: _Task, layer: int) -> _Surroundings:
+    prompts, same = _other_prompts(task)
+    target = task.problem.encoded.target
+    width = task.tail(layer).inputs.shape[1]
+    others = inputs_behind(task.lm, layer, prompts, target) if prompts else torch.zeros(0, len(target), width)
+    guards = [*task.problem.keep, *task.problem.earlier]
+    below = frozenset(place for place in task.problem.used if place[0] < layer)
+    guarded = [inputs_of(task.lm, layer, guard.ids[:-1], below) for guard in guards]
+    return _Surroundings(others, same, torch.cat(guarded) if guarded else torch.zeros(0, width))
+
+
+def _rows(task: _Task, layer: int, fire: Tensor, around: _Surroundings, guard: float) -> InputRows:
+    """Rows for one neuron of a layer that fires at `fire` [n] bool, and behind other prompts.
+
+    Behind strangers the last prompt position stays silent: what follows it depends on the prompt alone.
+    """
+    tail, recipe = task.tail(layer), task.recipe
+    like, unlike = [tail.inputs[:0]], [tail.prompt_inputs]
+    for number, inputs in enumerate(around.others):
+        positions = fire.clone()
+        if number >= around.same:
+            positions[0] = False
+            unlike.append(inputs[:1])
+        like.append(inputs[positions])
+    like_x, unlike_x = torch.cat(like), torch.cat(unlike)
+    weights = [torch.full((len(unlike_x),), 0.1 * GUARD_WEIGHT), torch.full((len(around.guarded),), guard)]
+    inputs = Inputs(
+        fire=tail.inputs[fire],
+        level=torch.ones(int(fire.sum())),
+        hold=tail.inputs[~fire],
+        like=like_x,
+        like_level=torch.ones(len(like_x)),
+        like_weight=torch.full((len(like_x),), recipe.like_weight),
+        unlike=torch.cat([unlike_x, around.guarded]),
+        unlike_weight=torch.cat(weights),
+    )
+    sample = task.stats.sample.get(layer, torch.zeros(0, tail.inputs.shape[1]))
+    back = Background(task.stats.inputs_second[layer], task.stats.inputs_mean[layer], sample.float())
+    lm = task.lm
+    act = lm.layout.act(layer)
+    return fit_rows(
+        inputs, back, act, gated=lm.block(layer).gated, silence=recipe.silence, ridge=recipe.ridge
+    )
+
+
+def _rewrite(lm: LM, carrier: _Carrier, rows: InputRows, column: Tensor) -> NeuronEdit:
+    slices = lm.block(carrier.layer).slices(carrier.index)
+    after = {"out": column, "gate": rows.gate}
+    if rows.up is not None:
+        after["up"] = rows.up
+    after |= {role: torch.zeros(()) for role in slices if role.endswith("_bias")}
+    return make_edit(lm, carrier.layer, carrier.index, after)
+
+
+def _rewrite_at(
+    task: _Task, carriers: list[_Carrier], guard: float = GUARD_WEIGHT
+) -> tuple[Patch, float, dict] | None:
+    """Rewrite the first carriers (all of one layer), as few as possible; (patch, margin reached, details) or None."""
+    layer = carriers[0].layer
+    tail = task.tail(layer)
+    best: Trial | None = None
+    for groups in _splits(task.fire, min(task.settings.max_neurons, len(carriers))):
+        levels = torch.stack([g.float() for g in groups])
+        trial, iterations = fit_columns(
+            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=0.1 * task.recipe.margin
+        )
+        if best is None or trial.margins.min() > best.margins.min():
+            best, chosen = trial, groups
+        if _good(trial, task):
+            break
+    if best is None or best.margins.min() <= 0:
+        return None
+    trial = shrink(
+        tail,
+        task.target,
+        torch.stack([g.float() for g in chosen]),
+        best,
+        task.wanted,
+        0.1 * task.recipe.margin,
+    )
+    around = _surroundings(task, layer)
+    edits, loud = [], 0.0
+    for carrier, group, column in zip(carriers, chosen, trial.columns, strict=False):
+        rows = _rows(task, layer, group, around, guard)
+        if len(around.guarded):
+            loud = max(loud, float(rows.respond(around.guarded, task.lm.layout.act(layer)).abs().max()))
+        edits.append(_rewrite(task.lm, carrier, rows, column))
+    details = {
+        "iterations": iterations,
+        "norm": [round(float(c.norm()), 4) for c in trial.columns],
+        "carriers": [_describe(c) for c in carriers[: len(edits)]],
+        "loudest_on_guarded": loud,
+    }
+    return Patch(tuple(edits), identity(task.lm)), float(trial.margins.min()), details
+
+
+def _describe(carrier: _Carrier) -> dict:
+    why = {
+        "idle": "nearly silent on reference text, so overwriting it costs least: a carrier, not the cause",
+        "responsible": "attribution blames it and it writes little elsewhere",
+        "given": "asked for",
+    }[carrier.role]
+    return {
+        "layer": carrier.layer,
+        "index": carrier.index,
+        "role": carrier.role,
+        "energy_share": carrier.energy,
+        "linear_score": carrier.score,
+        "why": why,
+    }
+
+
+# ---------------------------------------------------------------------- value edits
+
+
+def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tuple[Patch, float, dict] | None:
+    """Change only what one responsible neuron writes: for a single wrong token, on the most selective candidate.
+
+    Candidates by effect on the fault against activity elsewhere, n(fault)^2 / E[n^2] (attribution notes, section 3).
+    """
+    if int(task.fire.sum()) != 1:
+        return None
+    lm, encoded = task.lm, task.problem.encoded
+    place = int(task.fire.nonzero()[0])
+    with torch.no_grad(), record(lm, list(layers)) as seen:
+        lm.logits([encoded.ids[:-1]], [[0]])
+    position = encoded.positions[place]
+    used = task.problem.used
+    candidates = []
+    for layer in layers:
+        n = seen[layer][0].float().cpu()
+        selective = n[position].square() / task.stats.neurons_square[layer].clamp_min(1e-12)
+        for index in blame[layer].argsort()[:RESPONSIBLE].tolist():
+            if blame[layer][index] < 0 and (layer, index) not in used:
+                candidates.append((float(selective[index]), layer, index, n[:, index]))
+    for selective, layer, index, n in sorted(candidates, key=lambda c: -c[0])[:2]:
+        if selective < 25:  # the neuron must be five times its usual size, or its change is felt everywhere
+            break
+        tail = run_clean(lm, encoded, [layer], whole=True).tails[layer]
+        levels = n[None]
+        trial, iterations = fit_columns(
+            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=0.1 * task.recipe.margin
+        )
+        if not _good(trial, task):
+            continue
+        trial = shrink(tail, task.target, levels, trial, task.wanted, 0.1 * task.recipe.margin)
+        column = lm.columns(layer)[index].float().cpu() + trial.columns[0]
+        patch = Patch((make_edit(lm, layer, index, {"out": column}),), identity(lm))
+        energy = float(_energies(task, layer)[index])
+        carrier = _Carrier(layer, index, "responsible", energy, float(blame[layer][index]))
+        details = {"iterations": iterations, "selectivity": selective, "carriers": [_describe(carrier)]}
+        return patch, float(trial.margins.min()), details | {"norm": [float(trial.columns.norm())]}
+    return None
+
+
+# ---------------------------------------------------------------------- the whole
+
+
+def _holds(task: _Task, patch: Patch, details: dict) -> tuple[float, str | None]:
+    """Margin of the target in the real weights, and what else broke, if anything."""
+    lm, problem = task.lm, task.problem
+    with torch.no_grad(), applied(lm, patch):
+        least = float(margins(lm, problem.encoded).min())
+        if not least > 0:
+            return least, "the edit does not hold in the rounded weights"
+        for name, guards in (("kept output", problem.keep), ("earlier repair", problem.earlier)):
+            # A silent neuron changes nothing there; looking again would cost a forward an earlier repair.
+            if name == "earlier repair" and details.get("loudest_on_guarded", 1.0) < 0.02:
+                continue
+            for indices, logits in lm.batched_logits([g.ids for g in guards], [g.positions for g in guards]):
+                wanted = torch.tensor([t for i in indices for t in guards[i].target], device=logits.device)
+                wrong = (logits.argmax(1) != wanted).nonzero().flatten()
+                if len(wrong):
+                    ends = torch.tensor([len(guards[i].target) for i in indices]).cumsum(0)
+                    at = indices[int((ends <= int(wrong[0])).sum())]
+                    return least, f"{name} {at + 1} would change"
+    return least, None
+
+
+def solve_at(lm: LM, problem: Problem, settings: Settings, neurons: Sequence[tuple[int, int]]) -> Solution:
+    """Rewrite the given neurons (all of one layer), as few of them as suffice. The solver without its choices."""
+    return _timed(lambda: _solve_given(lm, problem, settings, neurons))
+
+
+def _solve_given(
+    lm: LM, problem: Problem, settings: Settings, neurons: Sequence[tuple[int, int]]
+) -> Solution:
+    _check(settings)
+    layers = sorted({layer for layer, _ in neurons})
+    if len(layers) != 1:
+        return Solution(NAME, None, "two neurons must lie in one layer to share a target")
+    task = _prepare(lm, problem, settings, layers)
+    carriers = [
+        _Carrier(layer, index, "given", float(_energies(task, layer)[index]), None)
+        for layer, index in neurons
+    ]
+    if not task.fire.any():
+        return _already(task)
+    found = _rewrite_at(task, carriers)
+    if found is None:
+        return Solution(NAME, None, _needs_more(task), details={"layers": layers})
+    return _settle(task, *found) or Solution(NAME, None, found[2].get("refused"), details=found[2])
+
+
+def _already(task: _Task) -> Solution:
+    least = float(margins(task.lm, task.problem.encoded).min())
+    return Solution(NAME, None, "the model already writes the target with this margin", least)
+
+
+def _needs_more(task: _Task) -> str:
+    wrong = int(task.fire.sum())
+    return (
+        f"{task.settings.max_neurons} neuron(s) of one layer cannot write all {wrong} wrong tokens together; repair the"
+        f" line in parts, lower --margin (now {task.recipe.margin:g}) or allow --max-neurons 2"
+    )
+
+
+def _settle(task: _Task, patch: Patch, reached: float, details: dict) -> Solution | None:
+    """The solution if the patch holds in the real weights; None, with the reason in `details`, if not."""
+    least, broken = _holds(task, patch, details)
+    if broken is not None:
+        details["refused"] = broken
+        return None
+    recipe = task.recipe
+    info = {
+        "solver": NAME,
+        "settings": {
+            "margin": recipe.margin,
+            "generalize": task.settings.generalize,
+            "where": task.settings.where,
+        },
+        "versions": versions(),
+    }
+    return Solution(
+        NAME, replace(patch, info=info), None, least, details=details | {"margin_aimed": recipe.margin}
+    )
+
+
+def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
+    """Find the smallest acceptable edit. The model is left as it was.
+
+    Layers are tried in the order of `sample_layers`; in each, one neuron, then two. `settings.where` restricts the
+    choice of neurons; `auto` takes a responsible neuron where overwriting it is cheap, else an idle one. Kept outputs
+    and earlier repairs are protected by silence at their inputs, and looked at again. Raises `MintError` for settings
+    that make no sense; otherwise a failure is a `Solution` without a change and with a reason.
+    """
+    return _timed(lambda: _solve(lm, problem, settings))
+
+
+def _timed(run) -> Solution:
+    started = time.perf_counter()
+    solution = run()
+    return replace(solution, seconds=time.perf_counter() - started)
+
+
+def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
+    _check(settings)
+    layers = _layers(lm, settings)
+    task = _prepare(lm, problem, settings, layers)
+    if not task.fire.any():
+        return _already(task)
+    single = int(task.fire.sum()) == 1
+    blame = _blame(task) if settings.where == "responsible" or (settings.where == "auto" and single) else None
+    tried: list[dict] = []
+    if blame is not None:
+        found = _value_edit(task, blame, layers)
+        if found and (solution := _settle(task, *found)):
+            return solution
+        tried += [found[2]] if found else []
+    reason = _needs_more(task)
+    for layer in layers:
+        carriers = _carriers(task, layer, blame, settings.max_neurons)
+        for guard in (GUARD_WEIGHT, 50 * GUARD_WEIGHT):
+            found = _rewrite_at(task, carriers, guard) if carriers else None
+            if found is None:
+                break
+            if solution := _settle(task, *found):
+                return replace(solution, details=solution.details | {"tried": tried})
+            tried.append(found[2])
+            reason = found[2]["refused"]
+    return Solution(NAME, None, reason, details={"tried": tried, "layers": layers})

@@ -1,0 +1,140 @@
+"""When a neuron fires: input rows that answer at chosen inputs and keep silent on everything else.
+
+Weighted least squares against the second moment of reference inputs, exact at the chosen inputs, sharpened on the
+reference inputs that it would still answer to. Pure functions of tensors; knows nothing about models or targets.
+Source: mint's design notes, "Rewrite edits"; the ridge against a corpus second moment is the key of ROME
+(Meng et al. 2022, arXiv 2202.05262, section 3.1) turned from an output matrix to the input rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEEP = 8.0
+"""Gate pre-activation at the chosen inputs: large enough that SiLU and GELU act as a ReLU."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of one layer, and what the neuron should do at them; all [k, d_model]."""
+
+    fire: Tensor
+    """Must fire: the neuron's activation is exactly `level` here."""
+    level: Tensor
+    """[k] activation at `fire`."""
+    hold: Tensor
+    """Must stay at exactly zero: the right positions of the same target."""
+    like: Tensor
+    """Should fire as well: the same positions behind other prompts."""
+    like_level: Tensor
+    like_weight: Tensor
+    """[k] weight of each."""
+    unlike: Tensor
+    """Should stay silent: near-misses, inputs of earlier repairs."""
+    unlike_weight: Tensor
+
+
+@dataclass(frozen=True)
+class Background:
+    """Reference inputs of a layer: what the neuron must stay silent on."""
+
+    second: Tensor
+    """E[x x'], [d_model, d_model]."""
+    mean: Tensor
+    """E[x], [d_model]."""
+    sample: Tensor
+    """Single inputs, [m, d_model], to look for false alarms."""
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """Rows of one neuron: activation n(x) = act(gate.x + gate_bias) * (up.x + up_bias)."""
+
+    gate: Tensor
+    up: Tensor | None
+
+    def respond(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """The neuron's activation [...] at inputs [..., d_model]."""
+        n = act(x @ self.gate)
+        return n if self.up is None else n * (x @ self.up)
+
+
+def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    factor = torch.linalg.cholesky(matrix)
+    return lambda right: torch.cholesky_solve(right, factor)
+
+
+def _exact(solve: Callable[[Tensor], Tensor], right: Tensor, points: Tensor, values: Tensor) -> Tensor:
+    """argmin r'Ar/2 - right'r  s.t.  points r = values, with A given by its solve. Dependent points are averaged."""
+    free = solve(right[:, None])[:, 0]
+    if not len(points):
+        return free
+    reach = solve(points.T)
+    gram = points @ reach
+    gram = gram + 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return free + reach @ torch.linalg.solve(gram, values - points @ free)
+
+
+def fit_rows(
+    inputs: Inputs,
+    background: Background,
+    act: Callable[[Tensor], Tensor],
+    *,
+    gated: bool,
+    silence: float = 1.0,
+    ridge: float = 1e-3,
+    rounds: int = 3,
+    tolerance: float = 0.05,
+) -> InputRows:
+    """Rows whose neuron is exactly `level` at `fire`, exactly 0 at `hold`, and nearly silent elsewhere.
+
+    silence: how far below the firing threshold reference inputs are pulled (theta; lower generalizes more).
+    ridge: lambda, as a share of the mean variance. rounds: how often the fit is repeated with more weight on
+    reference inputs that still answer above `tolerance`. A plain block (gated=False) has one row: its activation can
+    be exactly `level` where act is monotone and `level` is positive, and only nearly 0 at `hold`.
+    """
+    x = {f: getattr(inputs, f).double() for f in ("fire", "hold", "like", "unlike")}
+    level, like_level = inputs.level.double(), inputs.like_level.double()
+    like_weight, unlike_weight = inputs.like_weight.double(), inputs.unlike_weight.double()
+    second, mean = background.second.double(), background.mean.double()
+    width = len(mean)
+    scale = second.diagonal().mean()
+    base = second + ridge * scale * torch.eye(width, dtype=torch.float64)
+    base = base + (x["like"].T * like_weight) @ x["like"] + (x["unlike"].T * unlike_weight) @ x["unlike"]
+    silent = -silence * mean - silence * (unlike_weight @ x["unlike"])
+    hard = torch.zeros(0, width, dtype=torch.float64)
+    hard_weight = torch.zeros(0, dtype=torch.float64)
+    pool = torch.cat([background.sample.float(), inputs.unlike.float()])
+    for round_ in range(rounds + 1):
+        solve = _solver(base + (hard.T * hard_weight) @ hard)
+        gate_right = (
+            (like_weight * torch.sign(like_level)) @ x["like"] + silent - silence * (hard_weight @ hard)
+        )
+        if gated:
+            gate = _exact(solve, gate_right, x["fire"], torch.ones(len(level), dtype=torch.float64))
+            up_points, up_values = (
+                torch.cat([x["fire"], x["hold"]]),
+                torch.cat([level, torch.zeros(len(x["hold"]))]),
+            )
+            up = _exact(solve, (like_weight * like_level) @ x["like"], up_points, up_values.double())
+            rows = InputRows((STEEP * gate).float(), (up / act(torch.tensor(STEEP)).double()).float())
+        else:
+            points = torch.cat([x["fire"], x["hold"]])
+            values = torch.cat([torch.ones(len(level)), torch.full((len(x["hold"]),), -silence)]).double()
+            gate = _exact(solve, gate_right, points, values)
+            rows = InputRows((STEEP * gate).float(), None)
+        if round_ == rounds or not len(pool):
+            break
+        answer = rows.respond(pool, act).abs()
+        if not gated:
+            answer = answer / STEEP
+        loud = (answer > tolerance).nonzero().flatten()
+        if not len(loud):
+            break
+        worst = loud[answer[loud].argsort(descending=True)[:512]]
+        added = pool[worst].double()
+        hard = torch.cat([hard, added])
+        hard_weight = torch.cat([hard_weight, (answer[worst].double().clamp(max=3.0) * 0.05)])
+    return rows

@@ -1,0 +1,94 @@
+"""The target tokens of one case, run again from one layer on, behind the kept keys and values of the prompt.
+
+What a neuron of layer l writes changes nothing below l and nothing before the first token it fires at. So a trial
+costs only the target's tokens through the layers above, for any number of trials in one batch. Knows nothing about
+how the neuron comes to fire, or about constraints.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mint.lm import LM, Encoded
+from mint.neurons import kept_cache, kept_prefix, record_block_inputs, record_states, start_at
+
+
+@dataclass(frozen=True)
+class Tail:
+    """One case at one layer. Its m tokens end with the n positions that predict the target; `skip` = m - n."""
+
+    lm: LM
+    layer: int
+    hidden: Tensor
+    """[1, m, width], the residual stream as it enters the layer."""
+    inputs: Tensor
+    """[n, d_model] float32 on CPU, what the layer's input rows see at the positions that predict the target."""
+    prompt_inputs: Tensor
+    """[prompt tokens - 1, d_model] float32 on CPU, the same for the earlier tokens of the prompt."""
+    skip: int
+    """Leading tokens that predict no target token: 0, or all of the prompt but its last where the whole was kept."""
+    prefix: list[tuple[Tensor, Tensor]] | None
+    """Keys and values of the tokens before; None if there are none."""
+    as_tuple: bool
+
+    def logits(self, writes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits [k, vocab] in float32 on CPU of trial rows[i] at the position that predicts target token columns[i].
+
+        writes: [trials, m, d_model], what is added to the output of the layer's block in each trial and token.
+        Keeps the caller's gradient mode.
+        """
+        lm, trials = self.lm, writes.shape[0]
+        hidden = self.hidden.expand(trials, -1, -1)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=lm.device)
+
+        def add(_module, _args, output):
+            return output + writes.to(output.device, output.dtype).view(output.shape)
+
+        options = {"use_cache": False}
+        if self.prefix is not None:
+            options = {"past_key_values": kept_cache(self.prefix), "use_cache": True}
+        with ExitStack() as stack:
+            stack.enter_context(start_at(lm, self.layer, hidden, self.as_tuple))
+            stack.enter_context(lm.only_at(rows, columns + self.skip))
+            stack.callback(lm.module(lm.block(self.layer).out).register_forward_hook(add).remove)
+            return lm.model(input_ids=ids, **options).logits[0].float().cpu()
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The unedited model on one case."""
+
+    tails: dict[int, Tail]
+    logits: Tensor
+    """[n, vocab] float32 on CPU at the positions that predict the target."""
+
+
+@torch.no_grad()
+def run_clean(lm: LM, encoded: Encoded, layers: Sequence[int], *, whole: bool = False) -> Clean:
+    """One plain forward of prompt and target, kept for restarts in any of `layers`.
+
+    whole: keep the tokens of the prompt too, for edits that already act there.
+    """
+    ids, n = encoded.ids[:-1], len(encoded.target)
+    start = len(ids) - n
+    cache = DynamicCache()
+    rows = torch.zeros(n, dtype=torch.long)
+    with ExitStack() as stack:
+        states = stack.enter_context(record_states(lm, layers))
+        inputs = stack.enter_context(record_block_inputs(lm, layers))
+        stack.enter_context(lm.only_at(rows, torch.arange(start, len(ids))))
+        logits = (
+            lm.model(input_ids=lm.pad([ids]), past_key_values=cache, use_cache=True).logits[0].float().cpu()
+        )
+    cut = 0 if whole else start
+    prefix = kept_prefix(lm, cache, cut) if cut else None
+    tails = {}
+    for layer in layers:
+        x = inputs[layer][0].float().cpu()
+        hidden = states.hidden[layer][:, cut:]
+        tails[layer] = Tail(lm, layer, hidden, x[start:], x[:start], start - cut, prefix, states.as_tuple)
+    return Clean(tails, logits)
