@@ -81,6 +81,31 @@ def test_unchanged_model_measures_exactly_nothing(any_lm):
     assert found.sequences_unchanged == 1
 
 
+def test_starting_at_the_changed_layer_gives_the_same_numbers(any_lm):
+    layers = specificity.late_layers(any_lm)
+    assert layers == (1, 2)
+    clean = baseline(any_lm, sequences(any_lm), states=layers)
+    effects = []
+    for layer in range(any_lm.n_layers):
+        with applied(any_lm, edit(any_lm, layer=layer)):
+            whole, late = compare(any_lm, clean), compare(any_lm, clean, since=layer)
+        effects.append(whole.kl_mean)
+        assert whole == late
+    assert max(effects) > 0
+
+
+def test_layers_below_the_change_are_not_run(lm):
+    clean = baseline(lm, sequences(lm), states=(1, 2))
+    runs = []
+    handles = [
+        lm.module(lm.block(i).out).register_forward_hook(lambda *_, i=i: runs.append(i)) for i in range(3)
+    ]
+    compare(lm, clean, since=1)
+    for handle in handles:
+        handle.remove()
+    assert set(runs) == {1, 2}
+
+
 def test_measuring_leaves_every_bit_and_no_hook(lm):
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
     compare(lm, baseline(lm, sequences(lm)))
@@ -93,7 +118,7 @@ def test_batching_does_not_matter(lm):
     alone = baseline(lm, measured, tokens=1)
     together = baseline(lm, measured, tokens=4096)
     with applied(lm, patch):
-        a, b = compare(lm, alone, tokens=1), compare(lm, together, tokens=4096)
+        a, b = compare(lm, alone), compare(lm, together)
     assert a.argmax_unchanged == b.argmax_unchanged
     assert a.kl_mean == pytest.approx(b.kl_mean, rel=1e-4)
 

@@ -261,11 +261,11 @@ def _clean(lm: LM, cases: list[Case], stick: Yardstick, drift: Drift) -> _Clean:
     ]
     chosen = measuring.draw(outside, drift.others, stick.seed) if outside else []
     others = (
-        specificity.baseline(lm, [specificity.of_case(stick.encoded[c.id]) for c in chosen])
+        measuring.baseline(lm, [specificity.of_case(stick.encoded[c.id]) for c in chosen])
         if chosen
         else stick.other_tasks
     )
-    code = specificity.baseline(lm, [specificity.of_ids(p) for p in stick.code])
+    code = measuring.baseline(lm, [specificity.of_ids(p) for p in stick.code])
     return _Clean(others, code, "same_task" if chosen else "other_tasks" if others else "ordinary_code")
 
 
@@ -275,8 +275,9 @@ def _stop(state: UnderRepair, clean: _Clean, number: int, key: str, ledger: Ledg
         return ledger.rows[key]
     lm = state.lm
     held, tokens = _retained(state)
-    code = specificity.compare(lm, clean.code).as_dict()
-    others = specificity.compare(lm, clean.others).as_dict() if clean.others else code
+    since = None if state.originals else measuring.first_changed_layer(lm, state.patches)
+    code = specificity.compare(lm, clean.code, since=since).as_dict()
+    others = specificity.compare(lm, clean.others, since=since).as_dict() if clean.others else code
     norm, share = state.norm()
     done = len(state.repaired)
     row = {

@@ -219,13 +219,29 @@ def yardstick(
     return Yardstick(
         tuple(c for c in cases if c.id in encoded),
         encoded,
-        specificity.baseline(lm, [specificity.of_case(e) for e in chosen]) if chosen else None,
-        specificity.baseline(lm, [specificity.of_ids(p) for p in ordinary]) if ordinary else None,
+        baseline(lm, [specificity.of_case(e) for e in chosen]) if chosen else None,
+        baseline(lm, [specificity.of_ids(p) for p in ordinary]) if ordinary else None,
         tuple(texts),
         options,
         seed,
         tests or {},
     )
+
+
+def baseline(lm: LM, sequences: specificity.Sequences) -> Baseline:
+    """The clean model on some sequences, with states to restart from: edits of late layers are measured fast."""
+    return specificity.baseline(lm, sequences, states=specificity.late_layers(lm))
+
+
+def first_changed_layer(lm: LM, changes: Sequence[Change | None]) -> int | None:
+    """The lowest layer that any of these changes touches; None where a change names no neurons.
+
+    The last layer where nothing changes: that is as far as measuring has to go.
+    """
+    if not all(isinstance(c, Patch) for c in changes if c is not None):
+        return None
+    layers = [e.layer for c in changes if c is not None for e in c.edits]
+    return min(layers, default=lm.n_layers - 1)
 
 
 # ---------------------------------------------------------------------- one case
@@ -260,7 +276,7 @@ def clean_facts(lm: LM, case: Case, stick: Yardstick) -> Clean:
         generalization.prepare(lm, case, options.stop),
         efficacy.encode_keep(lm, case.keep, options.stop),
         tuple(near),
-        specificity.baseline(lm, [specificity.of_case(e) for e in near_encoded]) if near else None,
+        baseline(lm, [specificity.of_case(e) for e in near_encoded]) if near else None,
         _outputs(lm, near_encoded[: options.outputs], near[: options.outputs]),
     )
 
@@ -271,9 +287,7 @@ def _outputs(lm: LM, encoded: Sequence[Encoded], cases: Sequence[Case]) -> Basel
     longest = max(len(e.target) for e in encoded) + 8
     lines = [max(1, c.target.count("\n")) for c in cases]
     written = lm.generate([e.prompt for e in encoded], longest, lines)
-    return specificity.baseline(
-        lm, [specificity.of_output(e.prompt, w) for e, w in zip(encoded, written, strict=True)]
-    )
+    return baseline(lm, [specificity.of_output(e.prompt, w) for e, w in zip(encoded, written, strict=True)])
 
 
 def problem_of(clean: Clean) -> Problem:
@@ -285,17 +299,19 @@ def problem_of(clean: Clean) -> Problem:
 
 def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
     """All facts of one solved case, as JSON values, with the change applied meanwhile and taken out afterwards."""
-    case = clean.case
+    case, since = clean.case, first_changed_layer(lm, [solution.change])
     with changed(lm, solution.change):
         written = lm.write(clean.encoded, case)
         after = efficacy.forced(lm, [clean.encoded])[0]
         wider = generalization.measure(lm, clean.rephrasings)
         effects = {
-            "same_task": _side_effects(lm, clean.same_task),
-            "other_tasks": _side_effects(lm, stick.other_tasks),
-            "ordinary_code": _side_effects(lm, stick.ordinary),
+            "same_task": _side_effects(lm, clean.same_task, since),
+            "other_tasks": _side_effects(lm, stick.other_tasks, since),
+            "ordinary_code": _side_effects(lm, stick.ordinary, since),
         }
-        outputs = specificity.compare(lm, clean.outputs, 0).sequences_unchanged if clean.outputs else None
+        outputs = (
+            specificity.compare(lm, clean.outputs, 0, since).sequences_unchanged if clean.outputs else None
+        )
         kept = [efficacy.still_kept(lm, k) for k in clean.kept]
     return {
         "written_before": clean.written,
@@ -330,8 +346,10 @@ def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
     }
 
 
-def _side_effects(lm: LM, baseline: Baseline | None) -> dict | None:
-    return None if baseline is None or baseline.tokens == 0 else specificity.compare(lm, baseline).as_dict()
+def _side_effects(lm: LM, clean: Baseline | None, since: int | None) -> dict | None:
+    if clean is None or clean.tokens == 0:
+        return None
+    return specificity.compare(lm, clean, since=since).as_dict()
 
 
 def describe_change(change: Change | None) -> dict:
