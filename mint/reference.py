@@ -23,10 +23,10 @@ from mint.lm import LM
 from mint.loading import cache_dir
 from mint.neurons import record, record_block_inputs
 
-_VERSION = 3
+_VERSION = 4
 WINDOW = 192
 """Tokens of one reference passage; longer texts are cut into passages."""
-SAMPLE_DEPTHS = (0.8, 0.9, 0.67)
+SAMPLE_DEPTHS = (0.8, 0.9, 0.67, 0.5)
 """Layers, as shares of all, whose single inputs are kept too: where the solver edits, in the order it tries them."""
 SAMPLE_TOKENS = 8192
 """Most single inputs kept a layer; evenly spaced over the reference text."""

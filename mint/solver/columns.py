@@ -15,8 +15,8 @@ from mint.solver.tail import Tail
 ITERATIONS = 8
 _RIVALS = 2
 """Rivals of a short position that become constraints at once."""
-_SPARE = 0.05
-"""Logits beyond the wanted margin that the linear model aims for."""
+_SPARE = 0.5
+"""Share of the tolerance, beyond the wanted margin, that the linear model aims for."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def fit_columns(
         short = wanted - trial.margins > tolerance
         if not short.any():
             return trial, iteration
-        for i in (wanted - trial.margins > -0.5).nonzero().flatten().tolist():
+        for i in (wanted - trial.margins > -3 * tolerance).nonzero().flatten().tolist():
             for rival in trial.rivals[i, : _RIVALS if short[i] else 1].tolist():
                 constraints[i, rival] = None
         at = torch.tensor([place for place, _ in constraints])
         rivals = torch.tensor([rival for _, rival in constraints])
         jacobian, value = _linearise(tail, levels, trial.columns, target, at, rivals)
-        need = wanted[at] + _SPARE - value + jacobian @ trial.columns.reshape(-1)
+        need = wanted[at] + _SPARE * tolerance - value + jacobian @ trial.columns.reshape(-1)
         goal, _ = smallest(jacobian, need)
         step = goal.view_as(trial.columns) - trial.columns
         trial = min(
@@ -84,8 +84,8 @@ def fit_columns(
 def shrink(
     tail: Tail, target: Tensor, levels: Tensor, trial: Trial, wanted: Tensor, tolerance: float
 ) -> Trial:
-    """The same columns, scaled down as far as the margins that hold now still hold (to a hundredth of a logit)."""
-    goal = torch.minimum(wanted - tolerance, trial.margins) - 0.01
+    """The same columns, scaled down as far as the margins that hold now still hold (to a tenth of the tolerance)."""
+    goal = torch.minimum(wanted - tolerance, trial.margins) - 0.1 * tolerance
     shorter = _trials(tail, target, levels, [factor * trial.columns for factor in (0.8, 0.88, 0.94, 0.97)])
     return next((t for t in shorter if bool((t.margins >= goal).all())), trial)
 

@@ -34,6 +34,8 @@ RESPONSIBLE = 20
 """How many of the most guilty neurons of a layer count as responsible."""
 CHEAP = 0.002
 """A responsible neuron is cheap to overwrite if it writes at most this share of its layer's energy on reference text."""
+REACHABLE = 0.4
+"""Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
 GUARD_WEIGHT = 0.02
 """Weight of an input that must stay silent for the sake of a kept output or an earlier repair."""
 
@@ -124,6 +126,9 @@ def _prepare(lm: LM, problem: Problem, settings: Settings, layers: Sequence[int]
     target = torch.tensor(problem.encoded.target)
     own = clean.logits.gather(1, target[:, None])[:, 0]
     found = own - clean.logits.scatter(1, target[:, None], float("-inf")).amax(1)
+    # A margin is a number of logits; small or young models have logits too close together to give it.
+    spread = float((clean.logits.amax(1) - clean.logits.mean(1)).mean())
+    recipe = replace(recipe, margin=min(recipe.margin, REACHABLE * spread))
     fire = found < min(recipe.margin, 0.5)
     margin = torch.tensor(recipe.margin)
     wanted = torch.where(fire, margin, torch.minimum(margin, found) / 2)
@@ -205,14 +210,23 @@ def _carriers(task: _Task, layer: int, blame: list[Tensor] | None, count: int) -
 # ---------------------------------------------------------------------- rewriting neurons
 
 
-def _splits(fire: Tensor, most: int) -> list[list[Tensor]]:
-    """Ways to share the firing positions among neurons: one for all, then two halves in reading order."""
-    ways = [[fire]]
+def _ways(fire: Tensor, most: int, signed: bool) -> list[Tensor]:
+    """Levels [neurons, n] of the neurons at the target positions, in the order to be tried.
+
+    One neuron for all positions; two that take half of them each, in reading order; two that take all of them in
+    different proportions, position i at angle phi_i: then token i gains most at its own position, however many
+    there are. signed: whether activations may be negative (a gated block's may), which spreads the angles wider.
+    """
+    ways = [fire.float()[None]]
     places = fire.nonzero().flatten()
     if most > 1 and len(places) > 1:
-        first = torch.zeros_like(fire)
-        first[places[: len(places) // 2]] = True
-        ways.append([first, fire & ~first])
+        half = len(places) // 2
+        halves, angles = torch.zeros(2, len(fire)), torch.zeros(2, len(fire))
+        halves[0, places[:half]] = halves[1, places[half:]] = 1.0
+        span = 2 * math.pi * (1 - 1 / len(places)) if signed else math.pi / 2
+        phi = torch.linspace(0, span, len(places))
+        angles[0, places], angles[1, places] = phi.cos(), phi.sin()
+        ways += [halves, angles]
     return ways
 
 
@@ -253,27 +267,29 @@ def _surroundings(task: _Task, layer: int) -> _Surroundings:
     return _Surroundings(others, same, torch.cat(guarded) if guarded else torch.zeros(0, width))
 
 
-def _rows(task: _Task, layer: int, fire: Tensor, around: _Surroundings, guard: float) -> InputRows:
-    """Rows for one neuron of a layer that fires at `fire` [n] bool, and behind other prompts.
+def _rows(task: _Task, layer: int, level: Tensor, around: _Surroundings, guard: float) -> InputRows:
+    """Rows for one neuron of a layer with the given levels [n] at the target's positions, and behind other prompts.
 
     Behind strangers the last prompt position stays silent: what follows it depends on the prompt alone.
     """
     tail, recipe = task.tail(layer), task.recipe
-    like, unlike = [tail.inputs[:0]], [tail.prompt_inputs]
+    fire = level.abs() > 1e-3
+    like, like_level, unlike = [tail.inputs[:0]], [level[:0]], [tail.prompt_inputs]
     for number, inputs in enumerate(around.others):
         positions = fire.clone()
         if number >= around.same:
             positions[0] = False
             unlike.append(inputs[:1])
         like.append(inputs[positions])
+        like_level.append(level[positions])
     like_x, unlike_x = torch.cat(like), torch.cat(unlike)
     weights = [torch.full((len(unlike_x),), 0.1 * GUARD_WEIGHT), torch.full((len(around.guarded),), guard)]
     inputs = Inputs(
         fire=tail.inputs[fire],
-        level=torch.ones(int(fire.sum())),
+        level=level[fire],
         hold=tail.inputs[~fire],
         like=like_x,
-        like_level=torch.ones(len(like_x)),
+        like_level=torch.cat(like_level),
         like_weight=torch.full((len(like_x),), recipe.like_weight),
         unlike=torch.cat([unlike_x, around.guarded]),
         unlike_weight=torch.cat(weights),
@@ -289,7 +305,7 @@ def _rows(task: _Task, layer: int, fire: Tensor, around: _Surroundings, guard: f
 
 def _rewrite(lm: LM, carrier: _Carrier, rows: InputRows, column: Tensor) -> NeuronEdit:
     slices = lm.block(carrier.layer).slices(carrier.index)
-    after = {"out": column, "gate": rows.gate}
+    after = {"out": column / rows.gain, "gate": rows.gate}
     if rows.up is not None:
         after["up"] = rows.up
     after |= {role: torch.zeros(()) for role in slices if role.endswith("_bias")}
@@ -302,32 +318,28 @@ def _rewrite_at(
     """Rewrite the first carriers (all of one layer), as few as possible; (patch, margin reached, details) or None."""
     layer = carriers[0].layer
     tail = task.tail(layer)
-    best: Trial | None = None
-    for groups in _splits(task.fire, min(task.settings.max_neurons, len(carriers))):
-        levels = torch.stack([g.float() for g in groups])
+    best: tuple[Trial, Tensor] | None = None
+    tolerance = 0.1 * task.recipe.margin
+    gated = task.lm.block(layer).gated
+    for levels in _ways(task.fire, min(task.settings.max_neurons, len(carriers)), gated):
         trial, iterations = fit_columns(
-            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=0.1 * task.recipe.margin
+            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=tolerance
         )
-        if best is None or trial.margins.min() > best.margins.min():
-            best, chosen = trial, groups
+        if best is None or trial.margins.min() > best[0].margins.min():
+            best = trial, levels
         if _good(trial, task):
             break
-    if best is None or best.margins.min() <= 0:
+    if best is None or best[0].margins.min() <= 0:
         return None
-    trial = shrink(
-        tail,
-        task.target,
-        torch.stack([g.float() for g in chosen]),
-        best,
-        task.wanted,
-        0.1 * task.recipe.margin,
-    )
+    trial, levels = best
+    trial = shrink(tail, task.target, levels, trial, task.wanted, tolerance)
     around = _surroundings(task, layer)
     edits, loud = [], 0.0
-    for carrier, group, column in zip(carriers, chosen, trial.columns, strict=False):
-        rows = _rows(task, layer, group, around, guard)
+    for carrier, level, column in zip(carriers, levels, trial.columns, strict=False):
+        rows = _rows(task, layer, level, around, guard)
         if len(around.guarded):
-            loud = max(loud, float(rows.respond(around.guarded, task.lm.layout.act(layer)).abs().max()))
+            answer = rows.respond(around.guarded, task.lm.layout.act(layer)).abs().max() / rows.gain
+            loud = max(loud, float(answer))
         edits.append(_rewrite(task.lm, carrier, rows, column))
     details = {
         "iterations": iterations,
@@ -514,7 +526,7 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     reason = _needs_more(task)
     for layer in layers:
         carriers = _carriers(task, layer, blame, settings.max_neurons)
-        for guard in (GUARD_WEIGHT, 50 * GUARD_WEIGHT):
+        for guard in (GUARD_WEIGHT, 50 * GUARD_WEIGHT, 2500 * GUARD_WEIGHT):
             found = _rewrite_at(task, carriers, guard) if carriers else None
             if found is None:
                 break

@@ -23,7 +23,7 @@ class Inputs:
     fire: Tensor
     """Must fire: the neuron's activation is exactly `level` here."""
     level: Tensor
-    """[k] activation at `fire`."""
+    """[k] activation at `fire`, as a share of the gain; not negative in a plain block."""
     hold: Tensor
     """Must stay at exactly zero: the right positions of the same target."""
     like: Tensor
@@ -50,10 +50,12 @@ class Background:
 
 @dataclass(frozen=True)
 class InputRows:
-    """Rows of one neuron: activation n(x) = act(gate.x + gate_bias) * (up.x + up_bias)."""
+    """Rows of one neuron: activation n(x) = act(gate.x) * (up.x), or act(gate.x) in a plain block; biases are zero."""
 
     gate: Tensor
     up: Tensor | None
+    gain: float = 1.0
+    """What the activation is where the level is 1; the column is divided by it."""
 
     def respond(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
         """The neuron's activation [...] at inputs [..., d_model]."""
@@ -77,6 +79,16 @@ def _exact(solve: Callable[[Tensor], Tensor], right: Tensor, points: Tensor, val
     return free + reach @ torch.linalg.solve(gram, values - points @ free)
 
 
+def _reach(act: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
+    """Pre-activations z >= 0 with act(z) = wanted, for an activation that grows there; by bisection."""
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, 4 * STEEP)
+    for _ in range(60):
+        middle = (low + high) / 2
+        under = act(middle) < wanted
+        low, high = torch.where(under, middle, low), torch.where(under, high, middle)
+    return (low + high) / 2
+
+
 def fit_rows(
     inputs: Inputs,
     background: Background,
@@ -92,8 +104,8 @@ def fit_rows(
 
     silence: how far below the firing threshold reference inputs are pulled (theta; lower generalizes more).
     ridge: lambda, as a share of the mean variance. rounds: how often the fit is repeated with more weight on
-    reference inputs that still answer above `tolerance`. A plain block (gated=False) has one row: its activation can
-    be exactly `level` where act is monotone and `level` is positive, and only nearly 0 at `hold`.
+    reference inputs that still answer above `tolerance`. A plain block (gated=False) has one row: its activation is
+    `level` times the gain where `level` is positive, and only nearly 0 at `hold`.
     """
     x = {f: getattr(inputs, f).double() for f in ("fire", "hold", "like", "unlike")}
     level, like_level = inputs.level.double(), inputs.like_level.double()
@@ -122,14 +134,14 @@ def fit_rows(
             rows = InputRows((STEEP * gate).float(), (up / act(torch.tensor(STEEP)).double()).float())
         else:
             points = torch.cat([x["fire"], x["hold"]])
-            values = torch.cat([torch.ones(len(level)), torch.full((len(x["hold"]),), -silence)]).double()
+            values = torch.cat(
+                [_reach(act, STEEP * level) / STEEP, torch.full((len(x["hold"]),), -silence).double()]
+            )
             gate = _exact(solve, gate_right, points, values)
-            rows = InputRows((STEEP * gate).float(), None)
+            rows = InputRows((STEEP * gate).float(), None, STEEP)
         if round_ == rounds or not len(pool):
             break
-        answer = rows.respond(pool, act).abs()
-        if not gated:
-            answer = answer / STEEP
+        answer = rows.respond(pool, act).abs() / rows.gain
         loud = (answer > tolerance).nonzero().flatten()
         if not len(loud):
             break

@@ -46,7 +46,7 @@ class Tail:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=lm.device)
 
         def add(_module, _args, output):
-            return output + writes.to(output.device, output.dtype).view(output.shape)
+            return output + writes.to(output.device, output.dtype).reshape(output.shape)
 
         options = {"use_cache": False}
         if self.prefix is not None:
