@@ -476,7 +476,12 @@ def report_page(lm: LM, outcome: Outcome) -> str:
         "specificity": {"other_tasks": outcome.specificity.as_dict()} if outcome.specificity else {},
     }
     shown = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
-    return report.repair_page(row, shown | ({"revision": lm.revision} if lm.revision else {}))
+    heatmap = None
+    if one.attribution is not None:
+        from mint.attribution import plots
+
+        heatmap = plots.svg(plots.heat_map(lm, one.attribution))
+    return report.repair_page(row, shown | ({"revision": lm.revision} if lm.revision else {}), heatmap)
 
 
 # ---------------------------------------------------------------------- as JSON

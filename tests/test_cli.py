@@ -215,6 +215,15 @@ def test_a_report_is_written(fault, capsys):
     fails(capsys, 1, "page.html exists", *repair_args(folder, case, "--report", "page.html"))
 
 
+def test_repair_explains_itself_to_people(broken, capsys, tmp_path, monkeypatch):
+    folder, case, undo = broken
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mint.solver.SOLVERS", {"mint": undoing(undo)})
+    code, _, err = run(capsys, *repair_args(folder, case, "--report", "page.html"))
+    assert code == 0 and "neurons behind" in err and "the edited neurons: " in err
+    assert "<svg" in Path("page.html").read_text()
+
+
 def test_prompts_from_files_are_taken_as_they_are(fault, capsys):
     folder, case = fault
     Path("p.txt").write_bytes(case.prompt.encode())
@@ -430,7 +439,10 @@ def test_attribute_keeps_its_contract(broken, capsys, tmp_path, monkeypatch):
     wanted = {"layer", "index", "position", "linear", "exact", "linear_summed"}
     assert all(wanted <= set(n) for n in found["neurons"])
     assert {"spearman", "sign", "recall_at_10"} <= set(found["agreement"])
-    code, out, err = run(capsys, *asked, *zero)
+    plotted = [*asked, *zero, "--plot", "why.svg"]
+    code, out, err = run(capsys, *plotted)
+    assert Path("why.svg").read_text().lstrip().startswith(("<?xml", "<svg"))
+    fails(capsys, 1, "why.svg exists", *plotted)
     assert code == 0 and len(out.splitlines()) == len(found["neurons"]) and "neurons behind" in err
     fails(capsys, 1, "reference", *asked, "--reference", "nonsense")
     fails(capsys, 2, "--exact", *asked, "--exact", "many")

@@ -132,7 +132,7 @@ def repair(
         solve = pipeline.solver_named(solver)
         lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say)
         wishes = pipeline.with_applied(wishes, applied)
-        explained = not as_json if explain is None else explain
+        explained = (not as_json or report is not None) if explain is None else explain
         outcome = pipeline.repair(
             lm,
             wanted,
