@@ -150,10 +150,11 @@ def verdict(
     stats = stats or statistics(lm, say=say)
     say("testing whether the patch removes the cause")
     bench = _bench(lm, patch, encoded.ids[: max(f.position for f in faults) + 1], faults, stats)
+    cause, layer = _cause(bench), _layer(bench)
     parts = {
-        "cause": _cause(bench),
-        "layer": _layer(bench),
-        "two_way": _two_way(bench),
+        "cause": cause,
+        "layer": layer,
+        "two_way": _two_way(bench, cause["mean"], layer["mean"]),
         "dormancy": _dormancy(bench, say),
         "control": _control(bench),
         "readout": _readout(bench),
@@ -205,12 +206,10 @@ def _layer(bench: _Bench) -> dict:
     return {"mean": won, "ratio": _ratio(won, bench.gain)}
 
 
-def _two_way(bench: _Bench) -> dict:
+def _two_way(bench: _Bench, denoise: float, layer_won: float) -> dict:
     """Fault to healthy: the neurons replaced in the faulty run. Healthy to fault: their faulty values put back into the
     run in which their whole layers are replaced. Both are positive if the neurons promote the fault."""
     mean = bench.stats.neurons_mean
-    denoise = bench.won_by({layer: _set(rows, mean[layer]) for layer, rows in _edited(bench).items()})
-    layer_won = bench.won_by({layer: _set(range(len(mean[layer])), mean[layer]) for layer in bench.layers})
     but = {
         layer: _set(sorted(set(range(len(mean[layer]))) - set(rows)), mean[layer])
         for layer, rows in _edited(bench).items()
