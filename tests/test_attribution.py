@@ -36,12 +36,13 @@ def flat_statistics(lm, key="k") -> Statistics:
     """Statistics without a pass over the reference text: zero means, unit squares."""
     blocks = lm.layout.blocks
     return Statistics(
-        1,
-        [torch.eye(b.d_model) for b in blocks],
-        [torch.zeros(b.d_model) for b in blocks],
-        [torch.full((b.d_ff,), 0.01) for b in blocks],
-        [torch.ones(b.d_ff) for b in blocks],
-        key,
+        tokens=1,
+        inputs_second=[torch.eye(b.d_model) for b in blocks],
+        inputs_mean=[torch.zeros(b.d_model) for b in blocks],
+        neurons_mean=[torch.full((b.d_ff,), 0.01) for b in blocks],
+        neurons_square=[torch.ones(b.d_ff) for b in blocks],
+        sample={},
+        key=key,
     )
 
 
