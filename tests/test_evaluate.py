@@ -31,7 +31,16 @@ CASES = [
 ]
 CODE = ["def f(x):\n    return x\n", "a = [1, 2]\nprint(a)\n"]
 OPTIONS = Options(neighbours=4, outputs=2, ordinary_tokens=30)
-ARGUMENTS = {"options": OPTIONS, "registry": REGISTRY, "heldout": CODE, "others": CASES[6:], "page": False}
+# Without `random-neuron`, which runs the main solver: these tests are of the evaluator.
+CONTROLS = {"no-edit": controls.no_edit, "random-direction": controls.random_direction}
+ARGUMENTS = {
+    "controls": CONTROLS,
+    "options": OPTIONS,
+    "registry": REGISTRY,
+    "heldout": CODE,
+    "others": CASES[6:],
+    "page": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +167,23 @@ def test_controls_are_always_there(finished):
         found["solvers"]["column"]["edit"]["norm_median"], rel=1e-4
     )
     assert turned["efficacy"]["exact_match_generated"] < 1
-    assert set(found["controls_missing"]) == {"random-neuron", "random-direction"} - set(controls.installed())
+    assert found["controls_missing"] == ["random-neuron"]
+
+
+def test_all_three_controls_are_run_by_default(tmp_path):
+    found = quick(tmp_path, BARE[:2], solvers=("column",), controls=None)
+    assert list(found["controls"]) == ["no-edit", "random-neuron", "random-direction"]
+    assert found["controls_missing"] == []
+    assert found["controls"]["random-neuron"]["errors"] == 0
+    edited = {
+        r["solver"]: r["edit"]["places"]
+        for r in read_rows(tmp_path / "results.jsonl")
+        if r["case"] == "case0"
+    }
+    own = {(p["layer"], p["index"]) for p in edited["column"]}
+    assert edited["random-neuron"] == [] or not own & {
+        (p["layer"], p["index"]) for p in edited["random-neuron"]
+    }
 
 
 def test_several_solvers_in_one_run(finished):
@@ -366,7 +391,7 @@ def test_a_line_cut_by_a_kill_is_made_again(tmp_path, cut):
     file.write_bytes(file.read_bytes()[:-cut])
     assert without_time(quick(tmp_path)) == without_time(first)
     keys = [r["key"] for r in read_rows(file)]
-    assert len(keys) == len(set(keys)) == 3 * (1 + len(controls.installed()))
+    assert len(keys) == len(set(keys)) == 3 * (1 + len(CONTROLS))
 
 
 def test_a_missing_control_is_made_again(tmp_path):

@@ -67,6 +67,7 @@ def evaluate(
     options: Options | None = None,
     drift: Drift | None = None,
     registry: Mapping[str, Solver] | None = None,
+    controls: Mapping[str, Control] | None = None,
     save_patches: bool = True,
     retry_errors: bool = False,
     page: bool = True,
@@ -79,7 +80,7 @@ def evaluate(
     with `seed` (None: all). sequential: also all of them in a row on one model. others: cases of other tasks to measure
     side effects on (None: the lines that ship). heldout: ordinary code (None: what ships). tests: by case id, for tasks
     judged by running. skipped: rows of the input that did not become cases, to be counted. registry: solvers by name
-    (None: `mint.solver.SOLVERS`). retry_errors: run rows again that ended in an error. progress: a bar on stderr.
+    (None: `mint.solver.SOLVERS`). controls: by name (None: all that are installed). retry_errors: run rows again that ended in an error. progress: a bar on stderr.
 
     A second call with the same arguments continues where the first stopped, and ends with the same summary, times
     aside. The model is left bit for bit as it came. Raises `MintError` for an unknown solver, for no usable case, and
@@ -90,19 +91,9 @@ def evaluate(
     team = parallel.team()
     chosen_solvers = named_solvers(solvers, registry)
     plan, dropped = _plan(
-        lm,
-        cases,
-        chosen_solvers,
-        Path(out),
-        settings,
-        options,
-        seed,
-        limit,
-        others,
-        heldout,
-        tests,
-        save_patches,
-    )
+        lm, cases, chosen_solvers, dict(controls_module.installed() if controls is None else controls), Path(out),
+        settings, options, seed, limit, others, heldout, tests, save_patches,
+    )  # fmt: skip
     dropped = [*skipped, *dropped]
     for row in dropped if team.main else []:
         say(f"skipped {row.where}: {row.reason}")
@@ -138,7 +129,7 @@ def named_solvers(names: Sequence[str], registry: Mapping[str, Solver] | None = 
 
 
 def _plan(
-    lm, cases, solvers, out, settings, options, seed, limit, others, heldout, tests, save_patches
+    lm, cases, solvers, controls, out, settings, options, seed, limit, others, heldout, tests, save_patches
 ) -> tuple[Plan, list[Skipped]]:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +162,7 @@ def _plan(
             "tests": tests or {},
         }
     )
-    controls = {n: c for n, c in controls_module.installed().items() if n not in solvers}
+    controls = {n: c for n, c in controls.items() if n not in solvers}
     chosen = measuring.draw(good, limit, seed)
     return Plan(chosen, solvers, controls, settings, stick, out, key, weights, save_patches), dropped
 
