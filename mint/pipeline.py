@@ -24,7 +24,7 @@ from mint.export import describe
 from mint.lm import LM, Encoded
 from mint.loading import DTYPES
 from mint.patch import Patch, compose, versions
-from mint.reference import passages, reference_texts
+from mint.reference import passages, reference_texts, statistics
 from mint.solver.common import Problem, Settings, Solution, Solver, changed, margins
 
 KEEP_TOKENS = 32
@@ -34,6 +34,7 @@ SPECIFICITY = "specificity.jsonl"
 Say = Callable[[str], None]
 Attribute = Callable[[LM, Problem], Any]
 Judge = Callable[[LM, Problem, Patch], Any]
+Prepare = Callable[[LM], Any]
 _ASIDE = ("attribute", "statistics", "verdict")
 """Steps that are not the repair itself: what explains it, and what is measured once per model and then cached."""
 
@@ -78,7 +79,7 @@ class Repair:
     verdict: Any = None
     """Whether the edited neurons were the cause of the fault or carry the repair, where that was asked for."""
     timing: dict[str, float] = field(default_factory=dict)
-    """Seconds by step: generate, attribute, solve, statistics, verify, verdict."""
+    """Seconds by step: generate, statistics, attribute, solve, verify, verdict."""
 
     @property
     def success(self) -> bool:
@@ -135,13 +136,15 @@ def repair(
     *,
     attribute: Attribute | None = None,
     judge: Judge | None = None,
+    prepare: Prepare | None = None,
     say: Say = lambda _: None,
 ) -> Outcome:
     """Repair the cases one after another on one model; every repair protects the ones before it.
 
     The model is bit-identical afterwards. solve: see `mint.solver.SOLVERS`. attribute: called for every case that needs
     a repair, its result goes into `Repair.attribution`. judge: called for every accepted patch while it is not applied,
-    its result goes into `Repair.verdict`. say: told what happens. A case without an acceptable repair is
+    its result goes into `Repair.verdict`. prepare: called once if anything needs a repair, for what is cached per model
+    and not part of a repair's time. say: told what happens. A case without an acceptable repair is
     refused in its `Repair`; `CaseError` is raised for cases that cannot be used, before anything is solved.
     """
     _check_wishes(wishes)
@@ -162,6 +165,8 @@ def repair(
             if clean is None:
                 say("measuring the model before the repair")
                 clean = specificity.baseline(lm, measured_sequences(lm, wishes))
+                if prepare is not None:
+                    timing["statistics"], _ = _timed(lambda: prepare(lm))
             problem = Problem(
                 case, encoded[number], _keeps(lm, case, wishes), tuple(earlier), frozenset(used)
             )
@@ -206,9 +211,7 @@ def _repair_one(
             say(f"{problem.case.id}: looking for the neurons behind the fault")
             timing["attribute"], found["attribution"] = _timed(lambda: attribute(lm, problem))
         say(f"{problem.case.id}: solving")
-        spent, solution = _timed(lambda: solve(lm, problem, wishes.settings))
-        timing["solve"] = solution.seconds or spent
-        timing["statistics"] = max(0.0, spent - timing["solve"])
+        timing["solve"], solution = _timed(lambda: solve(lm, problem, wishes.settings))
         found["solution"] = solution
         patch = _patch_of(solution, wishes)
         say(f"{problem.case.id}: generating with the repair")
@@ -421,6 +424,15 @@ def solver_named(name: str) -> Solver:
 def with_applied(wishes: Wishes, patches: Sequence[Patch]) -> Wishes:
     """The same wishes on a model that holds these patches already."""
     return replace(wishes, applied=tuple(patches))
+
+
+def default_preparation(wishes: Wishes, say: Say) -> Prepare:
+    """The model's statistics on reference text, measured once and cached: what solvers and attribution ask for."""
+
+    def prepare(lm: LM) -> Any:
+        return statistics(lm, wishes.settings.reference, say)
+
+    return prepare
 
 
 def default_verdict() -> Judge:

@@ -64,6 +64,7 @@ def main() -> int:
         pipeline.solver_named("mint"),
         attribute=pipeline.default_attribution(wishes),
         judge=pipeline.default_verdict(),
+        prepare=pipeline.default_preparation(wishes, say),
         say=say,
     )
     for one in outcome.repairs:

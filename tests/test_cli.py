@@ -42,6 +42,7 @@ def fault(broken, monkeypatch, tmp_path):
     monkeypatch.setattr("mint.pipeline.solver_named", lambda name: solver)
     monkeypatch.setattr("mint.pipeline.default_attribution", lambda wishes: None)
     monkeypatch.setattr("mint.pipeline.default_verdict", lambda: None)
+    monkeypatch.setattr("mint.pipeline.default_preparation", lambda wishes, say: None)
     monkeypatch.chdir(tmp_path)
     return folder, case
 

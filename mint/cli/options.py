@@ -1,5 +1,6 @@
 """Options that several commands share, declared once, and the few steps every command that loads a model takes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,8 +48,12 @@ def load(
     system: str | None = None,
     patches: list[Path] | None = None,
     say: Say = lambda _: None,
+    prepare: Callable[["LM"], object] | None = None,
 ) -> tuple["LM", tuple["Patch", ...]]:
-    """Load a model, and apply patches to it in memory; returns both."""
+    """Load a model, and apply patches to it in memory; returns both.
+
+    prepare: called before patches are applied, for what is measured once on the clean model and cached.
+    """
     if system is not None and not chat:
         raise MintError("--system is for chat models; add --chat")
     from mint.patch import apply
@@ -68,6 +73,8 @@ def load(
         template=Template(system) if chat else None,
         say=say,
     )
+    if read and prepare is not None:
+        prepare(lm)
     for patch in read:
         apply(lm, patch)
     return lm, read

@@ -130,7 +130,8 @@ def repair(
             verify_dtypes=tuple(verify_dtype or []),
         )
         solve = pipeline.solver_named(solver)
-        lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say)
+        prepare = pipeline.default_preparation(wishes, say)
+        lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say, prepare)
         wishes = pipeline.with_applied(wishes, applied)
         explained = (not as_json or report is not None) if explain is None else explain
         outcome = pipeline.repair(
@@ -140,6 +141,7 @@ def repair(
             solve,
             attribute=pipeline.default_attribution(wishes) if explained else None,
             judge=pipeline.default_verdict() if explained else None,
+            prepare=prepare,
             say=say,
         )
         page = None if report is None else pipeline.report_page(lm, outcome)
