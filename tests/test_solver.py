@@ -116,8 +116,8 @@ def test_a_target_already_written_needs_no_change(lm):
 
 
 def test_kept_outputs_survive(lm):
-    """A prompt that differs in one letter keeps its output."""
-    other = Case("k", "# sort the list of games in place\n", "?")
+    """Another prompt keeps its output."""
+    other = Case("k", "y = other(x) + 1\n", "?")
     prompt = tuple(lm.encode_prompt(other.prompt))
     written = tuple(lm.generate([prompt], 4)[0])
     keep = Encoded(prompt, written)
