@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mint.case import Case, load_cases
-from mint.evaluation.specificity import Measured, baseline, compare
+from mint.evaluation.specificity import baseline, compare, of_case, of_ids
 from mint.lm import LM, Encoded
 from mint.loading import BUILTIN, load_lm
 from mint.patch import apply, revert
@@ -69,12 +69,10 @@ def rephrased(lm: LM, case: Case, encoded: Encoded) -> tuple[int, int] | None:
 
 def watch(lm: LM, others: list) -> tuple:
     """The clean model on other lines and on ordinary code."""
-    lines = [Measured(e.ids, e.positions, list(e.target)) for _, e in others]
+    lines = [of_case(encoded) for _, encoded in others]
     text = (Path(__file__).parent.parent / "mint/data/heldout/code.txt").read_text(encoding="utf-8")
-    code = [
-        Measured(ids, list(range(len(ids) - 1)), ids[1:])
-        for ids in passages(lm, [p.strip("\n") + "\n" for p in text.split("\n---\n")][:8])
-    ]
+    cut = [p.strip("\n") + "\n" for p in text.split("\n---\n")][:8]
+    code = [of_ids(ids) for ids in passages(lm, cut)]
     return baseline(lm, lines, states=sample_layers(lm)), baseline(lm, code, states=sample_layers(lm))
 
 
