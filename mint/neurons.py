@@ -181,7 +181,7 @@ def kept_prefix(lm: LM, cache: DynamicCache, length: int) -> list[tuple[Tensor, 
     Raises `ModelError` for a model that keeps something else.
     """
     pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in getattr(cache, "layers", [])]
-    if len(pairs) != lm.n_layers or any(k is None or k.dim() != 4 or k.shape[-2] < length for k, _ in pairs):
+    if len(pairs) != lm.n_layers or any(k is None or k.dim() != 4 or k.shape[-2] <= length for k, _ in pairs):
         raise ModelError(f"{lm.name} keeps no plain keys and values; mint cannot restart it inside a prompt")
     return [(k[..., :length, :], v[..., :length, :]) for k, v in pairs]
 

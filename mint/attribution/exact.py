@@ -13,12 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from mint.attribution.faults import Fault, differences
+from mint.errors import ModelError
 from mint.lm import LM
-from mint.neurons import _forward_replaced, override, record, record_states, start_at
+from mint.neurons import (
+    _forward_replaced,
+    kept_cache,
+    kept_prefix,
+    override,
+    record,
+    record_states,
+    start_at,
+)
 
 ROWS = 512
 """Most candidates that run together."""
@@ -27,22 +35,6 @@ _CACHE_BYTES = 128 << 20
 
 Change = Callable[[Tensor], Tensor]
 """Activations [rows, tokens, d_ff] -> activations as they should be."""
-
-
-class _PrefixLayer(DynamicLayer):
-    """Keys and values of one layer's prefix, batch 1, lent to any number of rows; new ones are not kept."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
-        rows = key_states.shape[0]
-        return (
-            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
-            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2),
-        )
 
 
 @dataclass(frozen=True)
@@ -105,20 +97,17 @@ def record_run(lm: LM, ids: Sequence[int], fault: Fault, changes: dict[int, Chan
         options = {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
         logits = lm.model(input_ids=lm.pad([ids]), **options).logits[0, 0].float()
     kept = [neurons[layer][0].clone() for layer in range(lm.n_layers)]
-    run = Run(
-        tuple(ids), fault, states.hidden, states.as_tuple, kept, logits, _prefix(lm, cache, len(ids) - 1)
-    )
+    run = Run(tuple(ids), fault, states.hidden, states.as_tuple, kept, logits, _prefix(lm, cache, len(ids) - 1))
     return _self_tested(lm, run)
 
 
 def _prefix(lm: LM, cache: DynamicCache | None, length: int) -> list[tuple[Tensor, Tensor]] | None:
-    layers = getattr(cache, "layers", None)
-    if layers is None or len(layers) != lm.n_layers:
+    if cache is None:
         return None
-    pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in layers]
-    if any(k is None or k.dim() != 4 or k.shape[-2] != length + 1 for k, _ in pairs):
-        return None
-    return [(k[..., :length, :], v[..., :length, :]) for k, v in pairs]
+    try:
+        return kept_prefix(lm, cache, length)
+    except ModelError:
+        return None  # a model that keeps something else is run from the start
 
 
 def _self_tested(lm: LM, run: Run) -> Run:
@@ -169,8 +158,7 @@ def _rerun(
         changes = {at: _at_last(function) for at, function in changes.items()}
     options = {"use_cache": False}
     if cached:
-        cache = DynamicCache()
-        cache.layers = [_PrefixLayer(k, v) for k, v in run.prefix]
+        cache = kept_cache(run.prefix)
         options = {"past_key_values": cache, "use_cache": True}
     ids = torch.tensor([run.ids[-tokens:]], device=lm.device).expand(rows, -1)
     with ExitStack() as stack:
