@@ -21,7 +21,7 @@ EVIL = (
 
 def effects(scale: float, text: str = "x") -> dict:
     worst = [
-        {"sequence": 0, "position": i, "kl": scale / (i + 1), "context": f"{text} {i}", "before": "b", "after": text, "wanted": "b"}
+        {"sequence": 0, "position": i, "kl": scale / (i + 1), "broken": i == 1, "changed": True, "context": f"{text} {i}", "before": "b", "after": text, "wanted": "b"}
         for i in range(2)
     ]  # fmt: skip
     return {
@@ -193,6 +193,13 @@ def test_diff_gives_back_both_texts(old, new):
     assert "".join(t for k, t in parts if k != "del") == new
 
 
+def test_unlike_texts_are_shown_one_after_the_other():
+    assert diff("* `get_last()` returns", "code[-3:]") == [
+        ("del", "* `get_last()` returns"),
+        ("ins", "code[-3:]"),
+    ]
+
+
 def test_visible_spells_out_what_nobody_sees():
     assert visible("a\tb\n") == "a⇥\tb↵\n"
     assert visible("\u202eevil\x00\u200b") == "[U+202E]evil[U+0000][U+200B]"
@@ -200,7 +207,8 @@ def test_visible_spells_out_what_nobody_sees():
 
 def test_worst_effects_are_sorted_and_not_repeated():
     found = worst_effects([row(0, "mint", 0.5), row(1, "mint", 0.5), row(2, "mint", 0.1)])
-    assert [t["kl"] for t in found] == sorted((t["kl"] for t in found), reverse=True)
+    ranks = [(t["broken"], t["changed"], t["kl"]) for t in found]
+    assert ranks == sorted(ranks, reverse=True) and ranks[0] == (True, True, 0.25)
     assert len({(t["context"], t["after"]) for t in found}) == len(found)
     assert worst_effects([failed(0, "mint")]) == []
 

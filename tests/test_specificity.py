@@ -174,7 +174,9 @@ def test_worst_tokens_come_with_their_text(lm):
     with applied(lm, edit(lm)):
         found = compare(lm, clean, worst=3)
     assert len(found.worst) == 3
-    assert found.worst[0]["kl"] == found.kl_max
+    ranks = [(t["broken"], t["changed"], t["kl"]) for t in found.worst]
+    assert ranks == sorted(ranks, reverse=True)
+    assert found.worst[0]["changed"]
     first = found.worst[0]
     ids = clean.sequences[first["sequence"]][0]
     assert first["context"] == lm.decode(ids[: first["position"] + 1])

@@ -139,6 +139,7 @@ def _finish(axes, x: str, y: str, title: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)
+    axes.ticklabel_format(axis="y", style="plain", useOffset=False)
     axes.grid(True, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.margins(0.08)

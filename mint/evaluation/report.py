@@ -111,8 +111,11 @@ _PIECES = re.compile(r"\w+|\s|[^\w\s]")
 def diff(old: str, new: str) -> list[tuple[str, str]]:
     """The way from `old` to `new` as (kind, text): `same`, `del` (only in old), `ins` (only in new)."""
     a, b = _PIECES.findall(old), _PIECES.findall(new)
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    if matcher.ratio() < 0.5:  # shreds of an unlike text help nobody: show one whole, then the other
+        return [(kind, text) for kind, text in (("del", old), ("ins", new)) if text]
     parts: list[tuple[str, str]] = []
-    for kind, i, j, k, end in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    for kind, i, j, k, end in matcher.get_opcodes():
         if kind == "equal":
             parts.append(("same", "".join(a[i:j])))
             continue
@@ -187,7 +190,7 @@ def _drift_table(stops: list[dict]) -> dict:
 
 
 def worst_effects(rows: Sequence[dict], count: int = _WORST) -> list[dict]:
-    """The most changed tokens of all rows, largest KL first, one for each text: case, solver, domain and texts."""
+    """The worst tokens of all rows, each text once: broken ones first, then changed ones, then by KL."""
     found = []
     for row in rows:
         for domain, effects in (row.get("specificity") or {}).items():
@@ -195,7 +198,7 @@ def worst_effects(rows: Sequence[dict], count: int = _WORST) -> list[dict]:
                 found.append(
                     token | {"case": row["case"], "solver": row["solver"], "domain": domain.replace("_", " ")}
                 )
-    found.sort(key=lambda t: (-t["kl"], t["case"], t["solver"]))
+    found.sort(key=lambda t: (-t["broken"], -t["changed"], -t["kl"], t["case"], t["solver"]))
     seen, chosen = set(), []
     for token in found:
         what = (token["solver"], token["context"], token["after"])

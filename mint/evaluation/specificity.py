@@ -90,7 +90,8 @@ class Specificity:
     """Share of sequences in which no measured argmax changed (a model's own output is then written again exactly)."""
     tokens: int
     worst: list[dict] = field(default_factory=list)
-    """The tokens with the largest KL: sequence, position, kl, context, before, after, wanted (texts; wanted may be None)."""
+    """The worst tokens: broken ones first, then changed ones, then by KL. Each has sequence, position, kl, broken, changed,
+    and the texts context, before, after, wanted (None where nobody knows)."""
 
     def as_dict(self) -> dict:
         """JSON values."""
@@ -237,7 +238,7 @@ def summarize(lm: LM, baseline: Baseline, effects: Tokens, worst: int = 5) -> Sp
         perplexity_ratio=torch.exp(-effects.gain[known].mean()).item() if known.any() else None,
         sequences_unchanged=1 - touched / measured,
         tokens=n,
-        worst=[_describe(lm, baseline, effects, i) for i in effects.kl.topk(min(worst, n)).indices.tolist()],
+        worst=[_describe(lm, baseline, effects, i) for i in _worst_first(effects)[:worst]],
     )
 
 
@@ -345,6 +346,15 @@ def _head(lm: LM) -> tuple[float, ...]:
     return tuple(sample)
 
 
+def _worst_first(effects: Tokens) -> list[int]:
+    """Indices of all tokens: broken before changed before the rest, each by falling KL."""
+    changed = effects.before != effects.after
+    broken = changed & (effects.before == effects.wanted)
+    order = range(len(effects.kl))
+    rank = list(zip(broken.tolist(), changed.tolist(), effects.kl.tolist(), strict=True))
+    return sorted(order, key=lambda i: (*(-value for value in rank[i]), i))
+
+
 def _describe(lm: LM, baseline: Baseline, effects: Tokens, i: int) -> dict:
     owner, position = int(effects.owner[i]), int(effects.position[i])
     ids = list(baseline.sequences[owner][0][: position + 1])
@@ -353,6 +363,8 @@ def _describe(lm: LM, baseline: Baseline, effects: Tokens, i: int) -> dict:
         "sequence": owner,
         "position": position,
         "kl": float(effects.kl[i]),
+        "broken": bool(effects.before[i] == effects.wanted[i] != effects.after[i]),
+        "changed": bool(effects.before[i] != effects.after[i]),
         "context": lm.decode(ids)[-160:],
         "before": lm.continuation(ids, [int(effects.before[i])]),
         "after": lm.continuation(ids, [int(effects.after[i])]),

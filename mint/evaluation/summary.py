@@ -182,6 +182,13 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
+def seconds(value: float | None) -> str:
+    """A time as text; `0` below 5 ms, `-` for None."""
+    return (
+        "-" if value is None else "0" if value < 0.005 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    )
+
+
 COLUMNS: dict[str, Cell] = {
     "cases": lambda s: str(s["cases"]),
     "exact match, generated": lambda s: percent(s["efficacy"]["exact_match_generated"]),
@@ -201,7 +208,7 @@ COLUMNS: dict[str, Cell] = {
     ),
     "KL, ordinary code": lambda s: number(s["specificity"]["ordinary_code"]["kl_mean"]),
     "seconds (median, p90)": lambda s: (
-        f"{number(s['time']['seconds_median'])}, {number(s['time']['seconds_p90'])}"
+        f"{seconds(s['time']['seconds_median'])}, {seconds(s['time']['seconds_p90'])}"
     ),
 }
 
