@@ -1,9 +1,12 @@
-"""What a neuron writes: the smallest columns that give every target token its margin, for given activations.
+"""What a neuron writes: the smallest columns that give every target token its margin.
 
 Gauss-Newton on the constraints: linearise the margins over single rivals, find the smallest columns by a quadratic
-programme (qp.py), search along the way, add the rivals that overtook, repeat. Source: mint's design notes, section 5.
+programme (qp.py), search along the way, add the rivals that overtook, repeat. The activations at the target's tokens
+are given (`fit_columns`), or move along with the columns (`fit_levels_too`). Source: mint's design notes, section 5.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +16,21 @@ from mint.solver.qp import smallest
 from mint.solver.tail import Tail
 
 ITERATIONS = 8
+_FREE_ITERATIONS = 32
 _RIVALS = 2
 """Rivals of a short position that become constraints at once."""
 _SPARE = 0.5
 """Share of the tolerance, beyond the wanted margin, that the linear model aims for."""
+_MEMORY = 6
+"""Iterations for which an overtaken rival stays a constraint where the levels move too."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Columns for the neurons of one tail, and the margins they give."""
+    """Activations and columns for the neurons of one tail, and the margins they give."""
 
+    levels: Tensor
+    """[neurons, m] activation of each neuron at the tail's tokens."""
     columns: Tensor
     """[neurons, d_model], added to what the neurons write."""
     margins: Tensor
@@ -41,7 +49,63 @@ def _judge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return (own - top.values[:, :1])[:, 0], top.indices
 
 
+@torch.no_grad()
+def _try(tail: Tail, target: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Trial]:
+    """Several (levels, columns), in one batch."""
+    n = len(target)
+    levels, columns = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+    writes = torch.einsum("bkm,bkd->bmd", levels, columns)
+    rows = torch.arange(len(pairs)).repeat_interleave(n)
+    logits = tail.logits(writes, rows, torch.arange(n).repeat(len(pairs))).view(len(pairs), n, -1)
+    return [Trial(p[0], p[1], *_judge(each, target)) for p, each in zip(pairs, logits, strict=True)]
+
+
+def _linearise(
+    tail: Tail, trial: Trial, target: Tensor, at: Tensor, rivals: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Jacobians [constraints, neurons, d_model] and [constraints, neurons, m] of the margins, and their values."""
+    count = len(at)
+    with torch.enable_grad():
+        columns = trial.columns.expand(count, -1, -1).clone().requires_grad_()
+        levels = trial.levels.expand(count, -1, -1).clone().requires_grad_()
+        writes = torch.einsum("bkm,bkd->bmd", levels, columns)
+        logits = tail.logits(writes, torch.arange(count), at)
+        value = logits.gather(1, target[at][:, None])[:, 0] - logits.gather(1, rivals[:, None])[:, 0]
+        by_column, by_level = torch.autograd.grad(value.sum(), (columns, levels))
+    return by_column, by_level, value.detach()
+
+
 def fit_columns(
+    tail: Tail, target: Tensor, levels: Tensor, wanted: Tensor, clean: Tensor, *, tolerance: float
+) -> tuple[Trial, int]:
+    """Smallest columns under which every position has its wanted margin, up to `tolerance`; and the iterations used.
+
+    target: [n] ids. levels: [neurons, m] activation of each neuron at the tail's tokens. wanted: [n] margins. clean:
+    [n, vocab] logits without the edit. The margins may fall short after `ITERATIONS`: the caller looks.
+    """
+    start = torch.zeros(levels.shape[0], tail.inputs.shape[1])
+    trial = best = Trial(levels, start, *_judge(clean, target))
+    constraints: dict[tuple[int, int], None] = {}
+    for iteration in range(ITERATIONS):
+        short = wanted - trial.margins > tolerance
+        if not short.any():
+            return trial, iteration
+        for i in (wanted - trial.margins > -3 * tolerance).nonzero().flatten().tolist():
+            for rival in trial.rivals[i, : _RIVALS if short[i] else 1].tolist():
+                constraints[i, rival] = None
+        at, rivals = (torch.tensor(column) for column in zip(*constraints, strict=True))
+        by_column, _, value = _linearise(tail, trial, target, at, rivals)
+        jacobian = by_column.reshape(len(at), -1)
+        need = wanted[at] + _SPARE * tolerance - value + jacobian @ trial.columns.reshape(-1)
+        step = smallest(jacobian, need)[0].view_as(trial.columns) - trial.columns
+        tried = _try(tail, target, [(levels, trial.columns + t * step) for t in (1.0, 0.6, 0.3)])
+        trial = min(tried, key=lambda t: t.shortfall(wanted))
+        if trial.shortfall(wanted) < best.shortfall(wanted):
+            best = trial
+    return best, ITERATIONS
+
+
+def fit_levels_too(
     tail: Tail,
     target: Tensor,
     levels: Tensor,
@@ -49,66 +113,52 @@ def fit_columns(
     clean: Tensor,
     *,
     tolerance: float,
-    iterations: int = ITERATIONS,
+    signed: bool,
 ) -> tuple[Trial, int]:
-    """Smallest columns under which every position has its wanted margin, up to `tolerance`; and the iterations used.
+    """As `fit_columns`, but where a neuron fires at all, its level may move too; for targets that resist otherwise.
 
-    target: [n] ids. levels: [neurons, m] activation of each neuron at the tail's tokens. wanted: [n] margins. clean:
-    [n, vocab] logits without the edit. The margins may fall short after `iterations`: the caller looks.
+    signed: whether levels may be negative. Slower: short steps, up to `_FREE_ITERATIONS`.
     """
-    start = torch.zeros(levels.shape[0], tail.inputs.shape[1])
-    trial = best = Trial(start, *_judge(clean, target))
-    constraints: dict[tuple[int, int], None] = {}
-    for iteration in range(iterations):
-        short = wanted - trial.margins > tolerance
-        if not short.any():
+    k, m = levels.shape
+    free = (levels.abs().sum(0) > 0).float()
+    start = torch.zeros(k, tail.inputs.shape[1])
+    trial = best = Trial(levels, start, *_judge(clean, target))
+    seen: dict[tuple[int, int], int] = {}
+    for iteration in range(_FREE_ITERATIONS):
+        if not (wanted - trial.margins > tolerance).any():
             return trial, iteration
-        for i in (wanted - trial.margins > -3 * tolerance).nonzero().flatten().tolist():
-            for rival in trial.rivals[i, : _RIVALS if short[i] else 1].tolist():
-                constraints[i, rival] = None
-        at = torch.tensor([place for place, _ in constraints])
-        rivals = torch.tensor([rival for _, rival in constraints])
-        jacobian, value = _linearise(tail, levels, trial.columns, target, at, rivals)
-        need = wanted[at] + _SPARE * tolerance - value + jacobian @ trial.columns.reshape(-1)
-        goal, _ = smallest(jacobian, need)
-        step = goal.view_as(trial.columns) - trial.columns
-        trial = min(
-            _trials(tail, target, levels, [trial.columns + t * step for t in (1.0, 0.6, 0.3)]),
-            key=lambda t: t.shortfall(wanted),
-        )
+        seen |= {(i, r): iteration for i in range(len(target)) for r in trial.rivals[i].tolist()}
+        seen = {c: last for c, last in seen.items() if last > iteration - _MEMORY}
+        at, rivals = (torch.tensor(column) for column in zip(*seen, strict=True))
+        by_column, by_level, value = _linearise(tail, trial, target, at, rivals)
+        # A unit of level is worth as much as the column it scales.
+        unit = max(float(trial.columns.norm()) / math.sqrt(k), 1e-3)
+        jacobian = torch.cat([by_column.flatten(1), (by_level * free).flatten(1) / unit], 1)
+        here = torch.cat([trial.columns.reshape(-1), torch.zeros(k * m)])
+        anchor = (0.0 if iteration < 2 else 0.9) * here  # later steps stay near, where the linear model holds
+        need = wanted[at] + _SPARE * tolerance - value + jacobian @ (here - anchor)
+        step = anchor + smallest(jacobian, need)[0] - here
+        pairs = []
+        for t in (1.0, 0.6, 0.3, 0.1, 0.03):
+            moved = trial.levels + t * step[start.numel() :].view(k, m) / unit
+            columns = trial.columns + t * step[: start.numel()].view_as(start)
+            pairs.append((moved if signed else moved.clamp(min=0), columns))
+        tried = _try(tail, target, pairs)
+        seen |= {
+            (i, int(other.rivals[i, 0])): iteration
+            for other in tried
+            for i in (other.margins < wanted).nonzero().flatten().tolist()
+        }
+        trial = min(tried, key=lambda t: t.shortfall(wanted))
         if trial.shortfall(wanted) < best.shortfall(wanted):
             best = trial
-    return best, iterations
+    return best, _FREE_ITERATIONS
 
 
-def shrink(
-    tail: Tail, target: Tensor, levels: Tensor, trial: Trial, wanted: Tensor, tolerance: float
-) -> Trial:
+def shrink(tail: Tail, target: Tensor, trial: Trial, wanted: Tensor, tolerance: float) -> Trial:
     """The same columns, scaled down as far as the margins that hold now still hold (to a tenth of the tolerance)."""
     goal = torch.minimum(wanted - tolerance, trial.margins) - 0.1 * tolerance
-    shorter = _trials(tail, target, levels, [factor * trial.columns for factor in (0.8, 0.88, 0.94, 0.97)])
+    shorter = _try(
+        tail, target, [(trial.levels, factor * trial.columns) for factor in (0.8, 0.88, 0.94, 0.97)]
+    )
     return next((t for t in shorter if bool((t.margins >= goal).all())), trial)
-
-
-def _linearise(
-    tail: Tail, levels: Tensor, columns: Tensor, target: Tensor, at: Tensor, rivals: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Jacobian [constraints, neurons * d_model] of the margins over single rivals, and their values."""
-    count = len(at)
-    with torch.enable_grad():
-        each = columns.expand(count, *columns.shape).clone().requires_grad_()
-        writes = torch.einsum("km,bkd->bmd", levels, each)
-        logits = tail.logits(writes, torch.arange(count), at)
-        value = logits.gather(1, target[at][:, None])[:, 0] - logits.gather(1, rivals[:, None])[:, 0]
-        (gradient,) = torch.autograd.grad(value.sum(), each)
-    return gradient.reshape(count, -1), value.detach()
-
-
-@torch.no_grad()
-def _trials(tail: Tail, target: Tensor, levels: Tensor, columns: list[Tensor]) -> list[Trial]:
-    """Each of several columns [neurons, d_model] tried, in one batch."""
-    n = len(target)
-    writes = torch.einsum("km,bkd->bmd", levels, torch.stack(columns))
-    rows = torch.arange(len(columns)).repeat_interleave(n)
-    logits = tail.logits(writes, rows, torch.arange(n).repeat(len(columns))).view(len(columns), n, -1)
-    return [Trial(c, *_judge(logits[i], target)) for i, c in enumerate(columns)]

@@ -21,7 +21,7 @@ from mint.lm import LM
 from mint.neurons import record
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
 from mint.reference import Statistics, sample_layers, statistics
-from mint.solver.columns import Trial, fit_columns, shrink
+from mint.solver.columns import Trial, fit_columns, fit_levels_too, shrink
 from mint.solver.common import Problem, Settings, Solution, margins
 from mint.solver.inputs import inputs_behind, inputs_of
 from mint.solver.rows import Background, InputRows, Inputs, fit_rows
@@ -312,30 +312,40 @@ def _rewrite(lm: LM, carrier: _Carrier, rows: InputRows, column: Tensor) -> Neur
     return make_edit(lm, carrier.layer, carrier.index, after)
 
 
+def _write(task: _Task, tail: Tail, most: int) -> tuple[Trial, int]:
+    """Columns for as few neurons as suffice, and the iterations of the last attempt; the best there is if none do."""
+    gated = task.lm.block(tail.layer).gated
+    known = {"tolerance": 0.1 * task.recipe.margin}
+    ways = _ways(task.fire, most, gated)
+    trials: list[Trial] = []
+    for levels in ways:
+        trial, iterations = fit_columns(tail, task.target, levels, task.wanted, task.clean.logits, **known)
+        trials.append(trial)
+        if _good(trial, task):
+            return trial, iterations
+    for levels in ways[1:]:
+        trial, iterations = fit_levels_too(
+            tail, task.target, levels, task.wanted, task.clean.logits, signed=gated, **known
+        )
+        trials.append(trial)
+        if _good(trial, task):
+            return trial, iterations
+    return max(trials, key=lambda t: float(t.margins.min())), iterations
+
+
 def _rewrite_at(
     task: _Task, carriers: list[_Carrier], guard: float = GUARD_WEIGHT
 ) -> tuple[Patch, float, dict] | None:
     """Rewrite the first carriers (all of one layer), as few as possible; (patch, margin reached, details) or None."""
     layer = carriers[0].layer
     tail = task.tail(layer)
-    best: tuple[Trial, Tensor] | None = None
-    tolerance = 0.1 * task.recipe.margin
-    gated = task.lm.block(layer).gated
-    for levels in _ways(task.fire, min(task.settings.max_neurons, len(carriers)), gated):
-        trial, iterations = fit_columns(
-            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=tolerance
-        )
-        if best is None or trial.margins.min() > best[0].margins.min():
-            best = trial, levels
-        if _good(trial, task):
-            break
-    if best is None or best[0].margins.min() <= 0:
+    trial, iterations = _write(task, tail, min(task.settings.max_neurons, len(carriers)))
+    if trial.margins.min() <= 0:
         return None
-    trial, levels = best
-    trial = shrink(tail, task.target, levels, trial, task.wanted, tolerance)
+    trial = shrink(tail, task.target, trial, task.wanted, 0.1 * task.recipe.margin)
     around = _surroundings(task, layer)
     edits, loud = [], 0.0
-    for carrier, level, column in zip(carriers, levels, trial.columns, strict=False):
+    for carrier, level, column in zip(carriers, trial.levels, trial.columns, strict=False):
         rows = _rows(task, layer, level, around, guard)
         if len(around.guarded):
             answer = rows.respond(around.guarded, task.lm.layout.act(layer)).abs().max() / rows.gain
@@ -399,7 +409,7 @@ def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tupl
         )
         if not _good(trial, task):
             continue
-        trial = shrink(tail, task.target, levels, trial, task.wanted, 0.1 * task.recipe.margin)
+        trial = shrink(tail, task.target, trial, task.wanted, 0.1 * task.recipe.margin)
         column = lm.columns(layer)[index].float().cpu() + trial.columns[0]
         patch = Patch((make_edit(lm, layer, index, {"out": column}),), identity(lm))
         energy = float(_energies(task, layer)[index])
