@@ -195,7 +195,9 @@ def in_a_row(lm: LM, solver, settings: Settings, taken: list, watched: tuple, ou
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=BUILTIN)
     parser.add_argument("--cases", required=True)
     parser.add_argument("--limit", type=int, default=100)

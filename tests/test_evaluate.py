@@ -53,7 +53,11 @@ def run(out, cases=CASES[:4], solvers=("column",), lm=None, **more):
 
 
 BARE = [Case(c.id, c.prompt, c.target) for c in CASES]
-QUICK = {"options": Options(neighbours=2, outputs=0, ordinary_tokens=12), "solvers": ("useless",)}
+QUICK = {
+    "heat_maps": 0,
+    "options": Options(neighbours=2, outputs=0, ordinary_tokens=12),
+    "solvers": ("useless",),
+}
 
 
 def quick(out, cases=BARE[:3], **more):
@@ -515,3 +519,10 @@ def test_device_of_a_launched_process(monkeypatch):
 def test_options_are_part_of_the_summary(tmp_path):
     found = quick(tmp_path, BARE[:1])
     assert found["options"] == asdict(QUICK["options"])
+
+
+def test_the_page_shows_heat_maps_of_the_first_cases(tmp_path):
+    quick(tmp_path, BARE, heat_maps=1, page=True)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count('<div class="heat">') == 1
+    assert "Effect of each feed-forward block" in text

@@ -97,7 +97,9 @@ def record_run(lm: LM, ids: Sequence[int], fault: Fault, changes: dict[int, Chan
         options = {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
         logits = lm.model(input_ids=lm.pad([ids]), **options).logits[0, 0].float()
     kept = [neurons[layer][0].clone() for layer in range(lm.n_layers)]
-    run = Run(tuple(ids), fault, states.hidden, states.as_tuple, kept, logits, _prefix(lm, cache, len(ids) - 1))
+    run = Run(
+        tuple(ids), fault, states.hidden, states.as_tuple, kept, logits, _prefix(lm, cache, len(ids) - 1)
+    )
     return _self_tested(lm, run)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mint.attribution import attribute, plots
 from mint.case import Case
 from mint.errors import MintError
 from mint.evaluation import controls as controls_module
@@ -71,6 +72,7 @@ def evaluate(
     save_patches: bool = True,
     retry_errors: bool = False,
     page: bool = True,
+    heat_maps: int = 3,
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict:
@@ -80,7 +82,8 @@ def evaluate(
     with `seed` (None: all). sequential: also all of them in a row on one model. others: cases of other tasks to measure
     side effects on (None: the lines that ship). heldout: ordinary code (None: what ships). tests: by case id, for tasks
     judged by running. skipped: rows of the input that did not become cases, to be counted. registry: solvers by name
-    (None: `mint.solver.SOLVERS`). controls: by name (None: all that are installed). retry_errors: run rows again that ended in an error. progress: a bar on stderr.
+    (None: `mint.solver.SOLVERS`). controls: by name (None: all that are installed). retry_errors: run rows again that ended in an error. progress: a bar on stderr. heat_maps: how many
+    cases at the head of the page get an attribution heat map, seconds each on a small model.
 
     A second call with the same arguments continues where the first stopped, and ends with the same summary, times
     aside. The model is left bit for bit as it came. Raises `MintError` for an unknown solver, for no usable case, and
@@ -107,7 +110,8 @@ def evaluate(
     result = None
     if team.main:
         result = _summary(lm, plan, rows, drifts, dropped, len(cases), limit, drift if sequential else None)
-        _write(plan, result, rows, page, say)
+        pictures = _heat_maps(lm, plan.chosen[:heat_maps], say) if page else {}
+        _write(plan, result, rows, pictures if page else None, say)
     return team.share_result(result)
 
 
@@ -390,10 +394,23 @@ def _summary(lm, plan, rows, drifts, dropped, found, limit, drift) -> dict:
     }
 
 
-def _write(plan: Plan, result: dict, rows: list[dict], page: bool, say: Callable) -> None:
+def _heat_maps(lm: LM, cases: Sequence[Case], say: Callable[[str], None]) -> dict[str, str]:
+    """Attribution heat maps as `<svg>` text, by case id; a case that has no fault to show is left out."""
+    pictures = {}
+    for case in cases:
+        say(f"heat map of {case.id}")
+        try:
+            found = attribute(lm, case, exact=0, stability=False)
+            pictures[case.id] = plots.svg(plots.heat_map(lm, found))
+        except MintError as error:
+            say(f"no heat map of {case.id}: {error}")
+    return pictures
+
+
+def _write(plan: Plan, result: dict, rows: list[dict], pictures: dict | None, say: Callable) -> None:
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     write_file(plan.out / "summary.json", text + "\n", force=True)
     write_file(plan.out / "summary.md", summary.markdown(result), force=True)
-    if page:
-        write_file(plan.out / "report.html", report.page(result, rows), force=True)
-    say(f"wrote {plan.out / 'summary.json'}, summary.md" + (", report.html" if page else ""))
+    if pictures is not None:
+        write_file(plan.out / "report.html", report.page(result, rows, pictures), force=True)
+    say(f"wrote {plan.out / 'summary.json'}, summary.md" + ("" if pictures is None else ", report.html"))
