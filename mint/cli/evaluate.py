@@ -84,7 +84,7 @@ def evaluate(
     Examples:
       mint evaluate -m smollm2-135m --cases conala.jsonl --limit 20 --out results/conala
       mint evaluate -m smollm2-135m --cases conala.jsonl --solver mint --solver lora --sequential --out results/both
-      accelerate launch -m mint evaluate -m ./my-model --cases cases.jsonl --out results/many --device cuda
+      accelerate launch --multi_gpu --num_processes 2 -m mint evaluate -m ./my-model --cases cases.jsonl --out results/many --device cuda
     """
     o.check_stop(stop)
     if where not in ("auto", "responsible", "idle"):
