@@ -6,8 +6,6 @@ keyed by all they depend on. Knows nothing about faults.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mint.errors import MintError
+from mint.errors import MintError, PatchError
 from mint.lm import LM
 from mint.loading import cache_dir
 from mint.neurons import record, record_block_inputs
+from mint.patch import write_file
 
 _VERSION = 4
 WINDOW = 192
@@ -186,18 +185,20 @@ def _thin(rows: Tensor) -> Tensor:
 _FIELDS = ("inputs_second", "inputs_mean", "neurons_mean", "neurons_square")
 
 
+def store_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to the cache, whole or not at all; a cache that cannot be written costs time, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, save(tensors), force=True)
+    except (OSError, PatchError):
+        pass
+
+
 def _store(path: Path, found: Statistics) -> None:
     tensors = {f"{name}.{i}": t for name in _FIELDS for i, t in enumerate(getattr(found, name))}
     tensors |= {f"sample.{layer}": rows for layer, rows in found.sample.items()}
     tensors["tokens"] = torch.tensor(found.tokens)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(save(tensors))
-        os.replace(temporary, path)
-    except OSError:
-        pass  # a cache that cannot be written costs time, nothing else
+    store_tensors(path, tensors)
 
 
 def _unpack(tensors: dict[str, Tensor], key: str) -> Statistics:

@@ -1,5 +1,7 @@
 """Tiny models of every supported family, built in memory; the real model only where a test is marked `real`."""
 
+import signal
+
 import pytest
 import torch
 import transformers as T
@@ -77,6 +79,14 @@ def lm() -> LM:
 def plain_lm() -> LM:
     """A tiny plain model (gpt2: Conv1D, biases, tied embeddings)."""
     return tiny_lm("gpt2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_reaches_us():
+    """A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C need it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture(autouse=True)

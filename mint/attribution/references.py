@@ -6,14 +6,11 @@ model near what it usually sees: zero ablation costs nine times the loss of the 
 the model is right) is the best where the user has one (Mueller et al. 2504.13151, MIB).
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mint.attribution.exact import Run, record_run
@@ -22,7 +19,7 @@ from mint.errors import CaseError, MintError
 from mint.lm import LM
 from mint.loading import cache_dir
 from mint.neurons import record
-from mint.reference import Statistics, passages, reference_texts
+from mint.reference import Statistics, passages, reference_texts, store_tensors
 
 NAMES = ("mean", "zero", "resample", "counterfactual")
 PASSAGES, PER_PASSAGE, LENGTH = 16, 4, 64
@@ -64,7 +61,7 @@ def draws(lm: LM, key: str, seed: int = 0, say: Say = quiet) -> list[Tensor]:
             path.unlink(missing_ok=True)
     say("drawing activations from reference text (once per model)")
     drawn = _draw(lm, seed)
-    _store(path, {str(layer): t for layer, t in enumerate(drawn)})
+    store_tensors(path, {str(layer): t for layer, t in enumerate(drawn)})
     return drawn
 
 
@@ -83,17 +80,6 @@ def _draw(lm: LM, seed: int) -> list[Tensor]:
         for layer in range(lm.n_layers):
             out[layer].append(seen[layer][0][at.to(seen[layer].device)].float().cpu())
     return [torch.cat(parts) for parts in out]
-
-
-def _store(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(save(tensors))
-        os.replace(temporary, path)
-    except OSError:
-        pass  # a cache that cannot be written costs time, nothing else
 
 
 def _counterfactual(lm: LM, run: Run, prefix: Sequence[int], prompt: str) -> Reference:

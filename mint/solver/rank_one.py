@@ -21,16 +21,15 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mint.errors import MintError, PatchError
+from mint.errors import MintError
 from mint.lm import LM, Encoded
 from mint.loading import cache_dir
 from mint.neurons import States, record, record_states, suffix_logits
-from mint.patch import write_file
-from mint.reference import passages, reference_key, reference_texts
+from mint.reference import passages, reference_key, reference_texts, store_tensors
 from mint.solver.common import Problem, Settings, Solution, margins, margins_of
 from mint.solver.matrices import (
     ALREADY_RIGHT,
@@ -84,11 +83,7 @@ def _cached_moment(lm: LM, layer: int) -> Tensor:
         except Exception:  # a damaged cache file is made again, whatever is wrong with it
             path.unlink(missing_ok=True)
     found = _second_moment(lm, layer, texts)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({"second": found}), force=True)
-    except (OSError, PatchError):
-        pass  # a cache that cannot be written costs time, nothing else
+    store_tensors(path, {"second": found})
     return found
 
 
