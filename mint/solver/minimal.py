@@ -166,9 +166,14 @@ class _Carrier:
     """Linear effect of silencing it on the faults; negative: it is behind them."""
 
 
+def _written(task: _Task, layer: int) -> Tensor:
+    """Energy that each neuron of a layer writes on reference text, E[n^2] |column|^2, [d_ff]."""
+    return task.stats.neurons_square[layer] * task.lm.columns(layer).float().square().sum(1).cpu()
+
+
 def _energies(task: _Task, layer: int) -> Tensor:
-    written = task.lm.columns(layer).float().square().sum(1).cpu()
-    energy = task.stats.neurons_square[layer] * written
+    """The same as shares of the layer's sum."""
+    energy = _written(task, layer)
     return energy / energy.sum().clamp_min(1e-30)
 
 
@@ -344,18 +349,24 @@ def _rewrite_at(
         return None
     trial = shrink(tail, task.target, trial, task.wanted, 0.1 * task.recipe.margin)
     around = _surroundings(task, layer)
-    edits, loud = [], 0.0
+    edits, loud, cost = [], 0.0, 0.0
+    act = task.lm.layout.act(layer)
     for carrier, level, column in zip(carriers, trial.levels, trial.columns, strict=False):
         rows = _rows(task, layer, level, around, guard)
         if len(around.guarded):
-            answer = rows.respond(around.guarded, task.lm.layout.act(layer)).abs().max() / rows.gain
-            loud = max(loud, float(answer))
+            loud = max(loud, float(rows.respond(around.guarded, act).abs().max() / rows.gain))
+        sample = task.stats.sample.get(layer)
+        if sample is not None:
+            answer = rows.respond(sample.float(), act) / rows.gain
+            cost += float(answer.square().mean() * column.square().sum())
+        cost += float(_written(task, layer)[carrier.index])
         edits.append(_rewrite(task.lm, carrier, rows, column))
     details = {
         "iterations": iterations,
         "norm": [round(float(c.norm()), 4) for c in trial.columns],
         "carriers": [_describe(c) for c in carriers[: len(edits)]],
         "loudest_on_guarded": loud,
+        "cost": cost,
     }
     return Patch(tuple(edits), identity(task.lm)), float(trial.margins.min()), details
 
@@ -414,7 +425,13 @@ def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tupl
         patch = Patch((make_edit(lm, layer, index, {"out": column}),), identity(lm))
         energy = float(_energies(task, layer)[index])
         carrier = _Carrier(layer, index, "responsible", energy, float(blame[layer][index]))
-        details = {"iterations": iterations, "selectivity": selective, "carriers": [_describe(carrier)]}
+        cost = float(task.stats.neurons_square[layer][index] * trial.columns[0].square().sum())
+        details = {
+            "iterations": iterations,
+            "selectivity": selective,
+            "carriers": [_describe(carrier)],
+            "cost": cost,
+        }
         return patch, float(trial.margins.min()), details | {"norm": [float(trial.columns.norm())]}
     return None
 
@@ -528,11 +545,13 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     single = int(task.fire.sum()) == 1
     blame = _blame(task) if settings.where == "responsible" or (settings.where == "auto" and single) else None
     tried: list[dict] = []
-    if blame is not None:
-        found = _value_edit(task, blame, layers)
-        if found and (solution := _settle(task, *found)):
-            return solution
-        tried += [found[2]] if found else []
+    value: Solution | None = None
+    if blame is not None and (found := _value_edit(task, blame, layers)):
+        value = _settle(task, *found)
+        if value is None:
+            tried.append(found[2])
+        elif settings.where == "responsible":
+            return value
     reason = _needs_more(task)
     for layer in layers:
         carriers = _carriers(task, layer, blame, settings.max_neurons)
@@ -541,7 +560,10 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
             if found is None:
                 break
             if solution := _settle(task, *found):
-                return replace(solution, details=solution.details | {"tried": tried})
+                cheaper = value if value and value.details["cost"] <= found[2]["cost"] else solution
+                return replace(cheaper, details=cheaper.details | {"tried": tried})
             tried.append(found[2])
             reason = found[2]["refused"]
+    if value is not None:
+        return value
     return Solution(NAME, None, reason, details={"tried": tried, "layers": layers})
