@@ -214,10 +214,6 @@ class _Trace:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _first(value: object) -> Tensor:
-    return value[0] if isinstance(value, tuple | list) else value
-
-
 def _trace_layer(model: nn.Module, layer: nn.Module) -> tuple[_Trace, int]:
     """One forward through the first layer with gradients; inputs and outputs of its linear maps, and the width."""
     trace = _Trace()
@@ -240,7 +236,6 @@ def _trace_layer(model: nn.Module, layer: nn.Module) -> tuple[_Trace, int]:
     def record(name):
         def hook(_module, args, output):
             trace.inputs[name] = args[0]
-            # A view, so that the recorded tensor is the very node that later computations use.
             trace.outputs[name] = output
             return output
 
@@ -252,7 +247,6 @@ def _trace_layer(model: nn.Module, layer: nn.Module) -> tuple[_Trace, int]:
         if _is_linear(module):
             handles.append(module.register_forward_hook(record(name)))
     generator = torch.Generator().manual_seed(0)
-    device = next(layer.parameters()).device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocabulary, (1, _PROBE_TOKENS), generator=generator)
     was_training = model.training
@@ -266,7 +260,6 @@ def _trace_layer(model: nn.Module, layer: nn.Module) -> tuple[_Trace, int]:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    del device
     return trace, width
 
 

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +17,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from mint.case import Case
 from mint.errors import CaseError, ModelError
 from mint.layout import Block, Layout
-
-STOPS = ("auto", "line", "eos", "none")
 
 
 @dataclass(frozen=True)
@@ -411,6 +409,3 @@ class _Lines(StoppingCriteria):
             for row, limit in zip(input_ids, self.lines, strict=True)
         ]
         return torch.tensor(done, device=input_ids.device)
-
-
-Progress = Callable[[str], None]

@@ -228,9 +228,6 @@ class _Flat:
         layer = max(i for i, start in enumerate(self.starts) if start <= place)
         return layer, place - self.starts[layer]
 
-    def member(self, place: int) -> tuple[int, int, float]:
-        return (*self.neuron(place), float(self.reference[place]))
-
     def known(self) -> Tensor:
         """Exact effects where known, else the estimate."""
         return torch.where(self.exact.isnan(), self.estimate, self.exact)

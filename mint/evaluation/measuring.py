@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -387,11 +387,6 @@ def digest(value: object) -> str:
     """SHA-256 (first 24 hex digits) of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def options_digest(options: Options) -> dict:
-    """Options as JSON values, for keys and summaries."""
-    return asdict(options)
 
 
 def case_digest(case: Case) -> str:

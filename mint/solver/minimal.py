@@ -22,7 +22,7 @@ from mint.neurons import record
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
 from mint.reference import Statistics, sample_layers, statistics
 from mint.solver.columns import Trial, fit_columns, fit_levels_too, shrink
-from mint.solver.common import Problem, Settings, Solution, margins
+from mint.solver.common import Problem, Settings, Solution, margins, margins_of
 from mint.solver.inputs import inputs_behind, inputs_of
 from mint.solver.rows import Background, InputRows, Inputs, fit_rows
 from mint.solver.tail import Clean, Tail, run_clean
@@ -111,7 +111,11 @@ class _Task:
     """[n] bool: positions where the neuron must act, since the target token does not lead by half a logit."""
     wanted: Tensor
     """[n] margins to reach: the recipe's where the neuron fires; elsewhere half of what is there, at most the recipe's."""
-    whole: Clean | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """Logits by which a wanted margin may be missed."""
+        return 0.1 * self.recipe.margin
 
     def tail(self, layer: int) -> Tail:
         if layer not in self.clean.tails:
@@ -124,8 +128,7 @@ def _prepare(lm: LM, problem: Problem, settings: Settings, layers: Sequence[int]
     stats = statistics(lm, settings.reference)
     clean = run_clean(lm, problem.encoded, layers)
     target = torch.tensor(problem.encoded.target)
-    own = clean.logits.gather(1, target[:, None])[:, 0]
-    found = own - clean.logits.scatter(1, target[:, None], float("-inf")).amax(1)
+    found = margins_of(clean.logits, problem.encoded.target)
     # A margin is a number of logits; small or young models have logits too close together to give it.
     spread = float((clean.logits.amax(1) - clean.logits.mean(1)).mean())
     recipe = replace(recipe, margin=min(recipe.margin, REACHABLE * spread))
@@ -320,7 +323,7 @@ def _rewrite(lm: LM, carrier: _Carrier, rows: InputRows, column: Tensor) -> Neur
 def _write(task: _Task, tail: Tail, most: int) -> tuple[Trial, int]:
     """Columns for as few neurons as suffice, and the iterations of the last attempt; the best there is if none do."""
     gated = task.lm.block(tail.layer).gated
-    known = {"tolerance": 0.1 * task.recipe.margin}
+    known = {"tolerance": task.tolerance}
     ways = _ways(task.fire, most, gated)
     trials: list[Trial] = []
     for levels in ways:
@@ -338,17 +341,31 @@ def _write(task: _Task, tail: Tail, most: int) -> tuple[Trial, int]:
     return max(trials, key=lambda t: float(t.margins.min())), iterations
 
 
-def _rewrite_at(
-    task: _Task, carriers: list[_Carrier], guard: float = GUARD_WEIGHT
-) -> tuple[Patch, float, dict] | None:
-    """Rewrite the first carriers (all of one layer), as few as possible; (patch, margin reached, details) or None."""
+@dataclass(frozen=True)
+class _Draft:
+    """A rewrite but for its input rows: what is to be written, by which neurons, and what lies around."""
+
+    carriers: list[_Carrier]
+    trial: Trial
+    iterations: int
+    around: _Surroundings
+
+
+def _draft(task: _Task, carriers: list[_Carrier]) -> _Draft | None:
+    """Columns for the first carriers (all of one layer), as few as possible; None if no column writes the target."""
     layer = carriers[0].layer
     tail = task.tail(layer)
     trial, iterations = _write(task, tail, min(task.settings.max_neurons, len(carriers)))
     if trial.margins.min() <= 0:
         return None
-    trial = shrink(tail, task.target, trial, task.wanted, 0.1 * task.recipe.margin)
-    around = _surroundings(task, layer)
+    trial = shrink(tail, task.target, trial, task.wanted, task.tolerance)
+    return _Draft(carriers, trial, iterations, _surroundings(task, layer))
+
+
+def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Patch, dict]:
+    """The draft with input rows, and its details. guard: weight of the inputs that must stay silent."""
+    carriers, trial, around = draft.carriers, draft.trial, draft.around
+    layer = carriers[0].layer
     edits, loud, cost = [], 0.0, 0.0
     act = task.lm.layout.act(layer)
     for carrier, level, column in zip(carriers, trial.levels, trial.columns, strict=False):
@@ -362,13 +379,13 @@ def _rewrite_at(
         cost += float(_written(task, layer)[carrier.index])
         edits.append(_rewrite(task.lm, carrier, rows, column))
     details = {
-        "iterations": iterations,
+        "iterations": draft.iterations,
         "norm": [round(float(c.norm()), 4) for c in trial.columns],
         "carriers": [_describe(c) for c in carriers[: len(edits)]],
         "loudest_on_guarded": loud,
         "cost": cost,
     }
-    return Patch(tuple(edits), identity(task.lm)), float(trial.margins.min()), details
+    return Patch(tuple(edits), identity(task.lm)), details
 
 
 def _describe(carrier: _Carrier) -> dict:
@@ -390,7 +407,7 @@ def _describe(carrier: _Carrier) -> dict:
 # ---------------------------------------------------------------------- value edits
 
 
-def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tuple[Patch, float, dict] | None:
+def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tuple[Patch, dict] | None:
     """Change only what one responsible neuron writes: for a single wrong token, on the most selective candidate.
 
     Candidates by effect on the fault against activity elsewhere, n(fault)^2 / E[n^2] (attribution notes, section 3).
@@ -416,11 +433,11 @@ def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tupl
         tail = run_clean(lm, encoded, [layer], whole=True).tails[layer]
         levels = n[None]
         trial, iterations = fit_columns(
-            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=0.1 * task.recipe.margin
+            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=task.tolerance
         )
         if not _good(trial, task):
             continue
-        trial = shrink(tail, task.target, trial, task.wanted, 0.1 * task.recipe.margin)
+        trial = shrink(tail, task.target, trial, task.wanted, task.tolerance)
         column = lm.columns(layer)[index].float().cpu() + trial.columns[0]
         patch = Patch((make_edit(lm, layer, index, {"out": column}),), identity(lm))
         energy = float(_energies(task, layer)[index])
@@ -432,7 +449,7 @@ def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tupl
             "carriers": [_describe(carrier)],
             "cost": cost,
         }
-        return patch, float(trial.margins.min()), details | {"norm": [float(trial.columns.norm())]}
+        return patch, details | {"norm": [float(trial.columns.norm())]}
     return None
 
 
@@ -479,10 +496,11 @@ def _solve_given(
     ]
     if not task.fire.any():
         return _already(task)
-    found = _rewrite_at(task, carriers)
-    if found is None:
+    draft = _draft(task, carriers)
+    if draft is None:
         return Solution(NAME, None, _needs_more(task), details={"layers": layers})
-    return _settle(task, *found) or Solution(NAME, None, found[2].get("refused"), details=found[2])
+    patch, details = _finish(task, draft)
+    return _settle(task, patch, details) or Solution(NAME, None, details["refused"], details=details)
 
 
 def _already(task: _Task) -> Solution:
@@ -498,7 +516,7 @@ def _needs_more(task: _Task) -> str:
     )
 
 
-def _settle(task: _Task, patch: Patch, reached: float, details: dict) -> Solution | None:
+def _settle(task: _Task, patch: Patch, details: dict) -> Solution | None:
     """The solution if the patch holds in the real weights; None, with the reason in `details`, if not."""
     least, broken = _holds(task, patch, details)
     if broken is not None:
@@ -549,21 +567,22 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     if blame is not None and (found := _value_edit(task, blame, layers)):
         value = _settle(task, *found)
         if value is None:
-            tried.append(found[2])
+            tried.append(found[1])
         elif settings.where == "responsible":
             return value
     reason = _needs_more(task)
     for layer in layers:
         carriers = _carriers(task, layer, blame, settings.max_neurons)
+        draft = _draft(task, carriers) if carriers else None
+        if draft is None:
+            continue
         for guard in (GUARD_WEIGHT, 50 * GUARD_WEIGHT, 2500 * GUARD_WEIGHT):
-            found = _rewrite_at(task, carriers, guard) if carriers else None
-            if found is None:
-                break
-            if solution := _settle(task, *found):
-                cheaper = value if value and value.details["cost"] <= found[2]["cost"] else solution
+            patch, details = _finish(task, draft, guard)
+            if solution := _settle(task, patch, details):
+                cheaper = value if value and value.details["cost"] <= details["cost"] else solution
                 return replace(cheaper, details=cheaper.details | {"tried": tried})
-            tried.append(found[2])
-            reason = found[2]["refused"]
+            tried.append(details)
+            reason = details["refused"]
     if value is not None:
         return value
     return Solution(NAME, None, reason, details={"tried": tried, "layers": layers})
