@@ -6,7 +6,7 @@ keyed by all they depend on. Knows nothing about faults.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,13 +22,14 @@ from mint.loading import cache_dir
 from mint.neurons import record, record_block_inputs
 from mint.patch import write_file
 
-_VERSION = 4
+_VERSION = 5
 WINDOW = 192
 """Tokens of one reference passage; longer texts are cut into passages."""
 SAMPLE_DEPTHS = (0.8, 0.9, 0.67, 0.5)
 """Layers, as shares of all, whose single inputs are kept too: where the solver edits, in the order it tries them."""
 SAMPLE_TOKENS = 8192
-"""Most single inputs kept a layer; evenly spaced over the reference text."""
+"""Most single inputs kept a layer, evenly spaced over the passages; all those of the single lines come on top."""
+_COMMENTS = ("# ", "; ")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,24 @@ def reference_texts(extra: Sequence[str | Path] = ()) -> list[str]:
     return [p for p in passages if p.strip()]
 
 
+def reference_lines() -> list[str]:
+    """Each line of code that ships with a comment above it, both together, as a text of its own.
+
+    A model answers a short prompt otherwise than the same words within a passage.
+    """
+    folder = resources.files("mint") / "data" / "reference"
+    found = []
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+        if file.name.endswith("_lines.txt"):
+            lines = file.read_text(encoding="utf-8").splitlines()
+            found += [
+                f"{comment}\n{code}\n"
+                for comment, code in zip(lines, lines[1:], strict=False)
+                if comment.startswith(_COMMENTS) and code and not code.startswith((*_COMMENTS, "---"))
+            ]
+    return found
+
+
 def passages(lm: LM, texts: Sequence[str]) -> list[list[int]]:
     """Texts as ids, cut into windows of at most `WINDOW` tokens."""
     template, lm.template = lm.template, None
@@ -118,7 +137,7 @@ def _cached(lm: LM, texts: Sequence[str], say: Callable[[str], None], cache: boo
         except Exception:  # a damaged cache file is made again, whatever is wrong with it
             path.unlink(missing_ok=True)
     say("measuring the model on reference text (once per model)")
-    found = _measure(lm, passages(lm, texts), key)
+    found = _measure(lm, passages(lm, texts), passages(lm, reference_lines()), key)
     if cache:
         _store(path, found)
     return found
@@ -130,6 +149,7 @@ def reference_key(lm: LM, texts: Sequence[str]) -> str:
     digest.update(
         json.dumps([_VERSION, WINDOW, lm.fingerprint, str(lm.dtype), lm.tokenizer_hash, texts]).encode()
     )
+    digest.update(json.dumps(reference_lines()).encode())
     # Edits change the statistics of later layers: the weights that mint edits belong to the key.
     for block in lm.layout.blocks:
         weight = lm.parameter(f"{block.out}.weight").detach()
@@ -137,8 +157,23 @@ def reference_key(lm: LM, texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], Tensor]]:
+    """Sequences of like length together, and which places of the padded batch are real tokens, bool."""
+    order = sorted(sequences, key=len)
+    while order:
+        batch = [order.pop()]
+        while order and (len(batch) + 1) * len(batch[0]) <= 1536:
+            batch.append(order.pop())
+        real = torch.zeros(len(batch), len(batch[0]), dtype=torch.bool)
+        for row, ids in enumerate(batch):
+            real[row, : len(ids)] = True
+        yield batch, real
+
+
 @torch.no_grad()
-def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics:
+def _measure(
+    lm: LM, sequences: Sequence[Sequence[int]], lines: Sequence[Sequence[int]], key: str
+) -> Statistics:
     layers = range(lm.n_layers)
     sums = {
         "inputs_second": [torch.zeros(b.d_model, b.d_model, dtype=torch.float64) for b in lm.layout.blocks],
@@ -148,14 +183,7 @@ def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics
     }
     samples: dict[int, list[Tensor]] = {layer: [] for layer in sample_layers(lm)}
     tokens = inner_tokens = 0
-    order = sorted(sequences, key=len)
-    while order:
-        batch = [order.pop()]
-        while order and (len(batch) + 1) * len(batch[0]) <= 1536:
-            batch.append(order.pop())
-        real = torch.zeros(len(batch), len(batch[0]), dtype=torch.bool)
-        for row, ids in enumerate(batch):
-            real[row, : len(ids)] = True
+    for batch, real in _batches(sequences):
         inner = real.clone()
         inner[:, 0] = False
         tokens += int(real.sum())
@@ -172,10 +200,17 @@ def _measure(lm: LM, sequences: Sequence[Sequence[int]], key: str) -> Statistics
             at = inner.to(neurons[layer].device)
             sums["neurons_mean"][layer] += neurons[layer][at].float().sum(0).double().cpu()
             sums["neurons_square"][layer] += n.square().sum(0).double().cpu()
-    kept = {layer: _thin(torch.cat(parts)) for layer, parts in samples.items()}
+    kept = {layer: [_thin(torch.cat(parts))] for layer, parts in samples.items()}
+    for batch, real in _batches(lines):
+        with record_block_inputs(lm, list(kept)) as inputs:
+            lm.logits(batch, [[0] for _ in batch])
+        for layer, parts in kept.items():
+            parts.append(inputs[layer][real.to(inputs[layer].device)].half().cpu())
     count = dict.fromkeys(sums, max(tokens, 1)) | {"neurons_mean": max(inner_tokens, 1)}
     means = {name: [(s / count[name]).float() for s in values] for name, values in sums.items()}
-    return Statistics(tokens, **means, sample=kept, key=key)
+    return Statistics(
+        tokens, **means, sample={layer: torch.cat(parts) for layer, parts in kept.items()}, key=key
+    )
 
 
 def _thin(rows: Tensor) -> Tensor:

@@ -67,7 +67,6 @@ def evaluate_file(
     """One file of cases with all solvers; the summary."""
     cases, skipped = measuring.read_cases(file)
     skipped += measuring.read_skipped(file.with_name(f"{file.stem}.skipped.jsonl"))
-    tests = file.with_name(f"{file.stem}.tests.jsonl")
     return run.evaluate(
         lm,
         cases,
@@ -79,7 +78,7 @@ def evaluate_file(
         limit=options.limit,
         sequential=options.sequential,
         skipped=skipped,
-        tests=judges.load_tests(tests) if tests.exists() else None,
+        tests=judges.tests_beside(file),
         progress=True,
         say=say,
     )
@@ -101,7 +100,8 @@ def table(results: dict[str, dict]) -> str:
         for solver, entry in found["solvers"].items():
             if entry.get("drift"):
                 rows = {str(d["repairs"]): d for d in entry["drift"]}
-                columns = {k: v for k, v in summary.DRIFT_COLUMNS.items() if k != "repairs"}
+                columns = summary.drift_columns(entry["drift"])
+                columns = {k: v for k, v in columns.items() if k != "repairs"}
                 parts += [f"Repairs in a row, {solver}:\n", summary.table("repairs", rows, columns)]
     return "\n".join(parts)
 

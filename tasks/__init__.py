@@ -1,7 +1,7 @@
 """Data sets as cases, one file each; `TASKS` lists them. `python -m tasks` writes case files."""
 
 from tasks import conala, humaneval, mbpp, nl2bash, shellcode_ia32, tldr
-from tasks.common import Loaded, Skipped, Task, neighbours
+from tasks.common import Loaded, Skipped, Task
 
 TASKS: dict[str, Task] = {
     "conala": conala.TASK,
@@ -12,4 +12,4 @@ TASKS: dict[str, Task] = {
     "mbpp": mbpp.TASK,
 }
 
-__all__ = ["TASKS", "Loaded", "Skipped", "Task", "neighbours"]
+__all__ = ["TASKS", "Loaded", "Skipped", "Task"]

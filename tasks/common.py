@@ -265,17 +265,6 @@ def line_target(row: Row) -> str:
     return row["target"].strip("\n") + "\n"
 
 
-def neighbours(cases: Sequence[Case], case: Case, n: int, seed: int) -> list[Case]:
-    """`n` other cases to measure side effects on, drawn without replacement; fewer where there are fewer.
-
-    The same for the same cases, case, n and seed, on every machine. Cases that share the prompt, a rephrasing
-    or the target of `case` are left out: a repair is meant to change those.
-    """
-    own = {case.prompt, *case.rephrasings}
-    others = [c for c in cases if c.id != case.id and c.target != case.target and c.prompt not in own]
-    return random.Random(f"{seed}:{case.id}").sample(others, min(n, len(others)))
-
-
 # --- sources ------------------------------------------------------------------------------------------------
 
 

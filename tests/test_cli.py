@@ -427,6 +427,26 @@ def test_evaluate_writes_the_files_of_the_contract(broken, capsys, tmp_path, mon
     fails(capsys, 2, "limit", *asked, "--limit", "0")
 
 
+def test_evaluate_measures_programs_in_a_row(broken, capsys, tmp_path, monkeypatch):
+    folder, case, undo = broken
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mint.solver.SOLVERS", {"mint": undoing(undo)}, raising=False)
+    Path("cases.jsonl").write_text(
+        json.dumps({"id": "a", "prompt": case.prompt, "target": case.target}) + "\n"
+    )
+    Path("p.jsonl").write_text('{"id": "p", "prompt": "def f():\\n", "target": "    return 1\\n"}\n')
+    asked = ["evaluate", "-m", folder, "--cases", "cases.jsonl", "--out", "r", "--stop", "none", "--json"]
+    fails(capsys, 2, "--programs needs --sequential", *asked, "--programs", "p.jsonl")
+    asked += ["--sequential", "--programs", "p.jsonl", "--program-tokens", "3"]
+    fails(capsys, 1, "'p' has no tests in p.tests.jsonl beside it", *asked)
+    Path("p.tests.jsonl").write_text('{"id": "p", "before": "", "after": "\\nassert f() == 1\\n"}\n')
+    code, out, err = run(capsys, *asked)
+    assert code == 0, err
+    (stop,) = json.loads(out)["solvers"]["mint"]["drift"]
+    assert stop["pass_at_1"] == stop["pass_at_1_before"] == 0
+    assert "| pass@1" in Path("r/summary.md").read_text()
+
+
 def test_attribute_keeps_its_contract(broken, capsys, tmp_path, monkeypatch):
     folder, case, _ = broken
     monkeypatch.chdir(tmp_path)

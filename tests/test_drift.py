@@ -186,3 +186,13 @@ def test_pass_at_1_runs_the_programs(model):
     assert drift.pass_at_1(model, programs, tests, 4) == 0.5
     with pytest.raises(MintError, match="'p1' has no tests"):
         drift.pass_at_1(model, programs, {}, 4)
+
+
+def test_pass_at_1_is_measured_before_and_at_every_stop_and_only_once(model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(drift, "pass_at_1", lambda *_: asked.append(1) or len(asked) / 8)
+    programs = {"programs": (Case("p", "def f():\n", "    return 1\n"),), "program_tests": {"p": {}}}
+    rows = sequence(model, tmp_path, **programs)["rows"]
+    assert [r["pass_at_1"] for r in rows] == [0.25, 0.375, 0.5]
+    assert {r["pass_at_1_before"] for r in rows} == {0.125}
+    assert sequence(model, tmp_path, **programs)["rows"] == rows and len(asked) == 4

@@ -242,6 +242,19 @@ def test_limit_draws_with_the_seed_and_keeps_neighbours_from_the_whole_file(tmp_
     assert rows[0]["neighbours"] == [c.id for c in near]
 
 
+def test_neighbours_are_other_cases_and_always_the_same():
+    cases = [Case(str(i), f"# p{i}\n", f"t{i}\n") for i in range(30)]
+    case = cases[4]
+    twins = [Case("twin", "# q\n", case.target), Case("again", case.prompt, "t\n")]
+    first = measuring.neighbours([*cases, *twins], case, 8, seed=0)
+    assert first == measuring.neighbours([*cases, *twins], case, 8, seed=0)
+    assert first != measuring.neighbours([*cases, *twins], case, 8, seed=1)
+    assert len({c.id for c in first}) == 8
+    everything = measuring.neighbours([*cases, *twins], case, 99, seed=0)
+    assert {c.id for c in everything} == {c.id for c in cases} - {"4"}
+    assert measuring.neighbours(cases, case, 0, seed=0) == []
+
+
 def test_neighbours_never_share_target_prompt_or_rephrasing():
     case = Case("a", "p", "t\n", ("r",))
     pool = [

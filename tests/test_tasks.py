@@ -10,7 +10,7 @@ from mint.case import Case, load_cases
 from mint.errors import CaseError
 from mint.evaluation.judges import JUDGE_OF_TASK, JUDGES, judge, load_tests
 from mint.evaluation.textmetrics import STOP_RULES, cut
-from tasks import TASKS, neighbours
+from tasks import TASKS
 from tasks.__main__ import main
 from tasks.common import rows_of_hub
 from tasks.shellcode_ia32 import SEVERAL
@@ -211,25 +211,7 @@ def test_no_usable_row_and_not_utf8_are_one_line(tmp_path):
         TASKS["conala"].cases([])
 
 
-# --- neighbours and draws -----------------------------------------------------------------------------------
-
-
-def test_neighbours_are_other_cases_and_always_the_same():
-    cases = [Case(str(i), f"# p{i}\n", f"t{i}\n") for i in range(30)]
-    case = cases[4]
-    twins = [Case("twin", "# q\n", case.target), Case("again", case.prompt, "t\n")]
-    first = neighbours([*cases, *twins], case, 8, seed=0)
-    assert first == neighbours([*cases, *twins], case, 8, seed=0)
-    assert first != neighbours([*cases, *twins], case, 8, seed=1)
-    assert len({c.id for c in first}) == 8
-    everything = neighbours([*cases, *twins], case, 99, seed=0)
-    assert {c.id for c in everything} == {c.id for c in cases} - {"4"}
-    assert neighbours(cases, case, 0, seed=0) == []
-
-
-def test_neighbours_leave_out_rephrasings():
-    case = Case("a", "# a\n", "x\n", ("# b\n",))
-    assert neighbours([case, Case("b", "# b\n", "y\n")], case, 5, seed=0) == []
+# --- draws ------------------------------------------------------------------------------------------------
 
 
 def test_draw_is_seeded_and_in_order():

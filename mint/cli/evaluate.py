@@ -1,5 +1,6 @@
 """`mint evaluate`: solvers on many cases, measured; resumable."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,17 @@ def evaluate(
     ] = None,
     tests: Annotated[
         Path | None,
-        typer.Option(help="JSON Lines {id, before, after}: tests for cases that are judged by running."),
+        typer.Option(
+            help="JSON Lines {id, before, after}: tests for cases judged by running; default F.tests.jsonl beside F.jsonl."
+        ),
     ] = None,
+    programs: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --sequential: cases of HumanEval or MBPP, their tests beside them; pass@1 at every stop."
+        ),
+    ] = None,
+    program_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write for one program.")] = 256,
     neighbours: Annotated[
         int, typer.Option(min=0, help="Other cases to measure each repair's side effects on.")
     ] = 24,
@@ -87,6 +97,8 @@ def evaluate(
       accelerate launch --multi_gpu --num_processes 2 -m mint evaluate -m ./my-model --cases cases.jsonl --out results/many --device cuda
     """
     o.check_stop(stop)
+    if programs is not None and not sequential:
+        raise typer.BadParameter("--programs needs --sequential; pass@1 is measured after repairs in a row")
     if where not in ("auto", "responsible", "idle"):
         raise typer.BadParameter(f"unknown --where '{where}'; known are auto, responsible, idle")
     with console.working(show=False) as say:
@@ -100,7 +112,10 @@ def evaluate(
         run.named_solvers(solver or ["mint"])
         other_cases = None if others is None else load_cases(others)
         code = None if not heldout else [_text(p) for p in heldout]
-        known_tests = None if tests is None else judges.load_tests(tests)
+        known_tests = judges.tests_beside(cases) if tests is None else judges.load_tests(tests)
+        drift = Drift(repairs=repairs)
+        if programs is not None:
+            drift = _with_programs(drift, programs, program_tokens)
         team = parallel.team()
         if not team.main:
             console.note(f"process {team.index + 1} of {team.size}")
@@ -128,7 +143,7 @@ def evaluate(
             options=measuring.Options(
                 stop=stop, neighbours=neighbours, max_tokens=max_tokens, max_target_tokens=max_target_tokens
             ),
-            drift=Drift(repairs=repairs),
+            drift=drift,
             save_patches=patches,
             retry_errors=retry_errors,
             progress=team.main and console.stderr().is_terminal,
@@ -141,6 +156,21 @@ def evaluate(
     else:
         console.print_result((out / "summary.md").read_text(encoding="utf-8"))
     return 0
+
+
+def _with_programs(drift, path: Path, tokens: int):
+    """The settings of a sequence with the programs of a file; each needs its tests."""
+    from mint.case import load_cases
+    from mint.evaluation import judges
+
+    programs, tests = tuple(load_cases(path)), judges.tests_beside(path) or {}
+    missing = next((c.id for c in programs if c.id not in tests), None)
+    if missing is not None:
+        raise MintError(
+            f"{path}: case '{missing}' has no tests in {path.stem}.tests.jsonl beside it; `python -m tasks humaneval"
+            " --out` writes both"
+        )
+    return replace(drift, programs=programs, program_tests=tests, program_tokens=tokens)
 
 
 def _text(path: Path) -> str:

@@ -124,6 +124,8 @@ class _Clean:
     others: Baseline | None
     code: Baseline
     measured_on: str
+    pass_at_1: float | None
+    """Of the programs, if there are any."""
 
 
 def run(
@@ -151,7 +153,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "patches").mkdir(exist_ok=True)
     ledger = Ledger(folder / "steps.jsonl")
-    clean = _clean(lm, cases, stick, drift)
+    clean = _clean(lm, cases, stick, drift, f"{key}:programs", ledger)
     weights = measuring.weights_digest(lm)
     state = UnderRepair(lm)
     rows: list[dict] = []
@@ -252,7 +254,7 @@ def _repair(state, case, stick, name, solver, settings, say) -> tuple[dict, Patc
 # ---------------------------------------------------------------------- measuring
 
 
-def _clean(lm: LM, cases: list[Case], stick: Yardstick, drift: Drift) -> _Clean:
+def _clean(lm: LM, cases: list[Case], stick: Yardstick, drift: Drift, key: str, ledger: Ledger) -> _Clean:
     """Lines outside the sequence: other cases of the file where there are some, else the shipped lines."""
     prompts = {p for c in cases for p in (c.prompt, *c.rephrasings)}
     targets, ids = {c.target for c in cases}, {c.id for c in cases}
@@ -266,7 +268,11 @@ def _clean(lm: LM, cases: list[Case], stick: Yardstick, drift: Drift) -> _Clean:
         else stick.other_tasks
     )
     code = measuring.baseline(lm, [specificity.of_ids(p) for p in stick.code])
-    return _Clean(others, code, "same_task" if chosen else "other_tasks" if others else "ordinary_code")
+    if drift.programs and key not in ledger:
+        ledger.append({"key": key, "pass_at_1": _pass_at_1(lm, drift)})
+    passed = ledger.rows[key]["pass_at_1"] if drift.programs else None
+    measured_on = "same_task" if chosen else "other_tasks" if others else "ordinary_code"
+    return _Clean(others, code, measured_on, passed)
 
 
 def _stop(state: UnderRepair, clean: _Clean, number: int, key: str, ledger: Ledger, drift: Drift) -> dict:
@@ -300,7 +306,7 @@ def _stop(state: UnderRepair, clean: _Clean, number: int, key: str, ledger: Ledg
         "norm_share": share,
     }
     if drift.programs:
-        row["pass_at_1"] = pass_at_1(lm, drift.programs, drift.program_tests, drift.program_tokens)
+        row |= {"pass_at_1": _pass_at_1(lm, drift), "pass_at_1_before": clean.pass_at_1}
     ledger.append(row)
     return row
 
@@ -316,6 +322,10 @@ def _retained(state: UnderRepair, batch: int = 16) -> tuple[list[bool], list[flo
             held[i] = text == state.repaired[i].target
     tokens = [f.token_accuracy for f in efficacy.forced(state.lm, state.encoded)] if order else []
     return held, tokens
+
+
+def _pass_at_1(lm: LM, drift: Drift) -> float:
+    return pass_at_1(lm, drift.programs, drift.program_tests, drift.program_tokens)
 
 
 def pass_at_1(

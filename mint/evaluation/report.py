@@ -185,7 +185,7 @@ def _drifts(solvers: dict[str, dict]) -> list[str]:
 
 
 def _drift_table(stops: list[dict]) -> dict:
-    columns = summary.DRIFT_COLUMNS
+    columns = summary.drift_columns(stops)
     return {"columns": list(columns), "rows": [[cell(d) for cell in columns.values()] for d in stops]}
 
 

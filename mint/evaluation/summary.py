@@ -221,6 +221,14 @@ DRIFT_COLUMNS: dict[str, Cell] = {
     "KL": lambda d: number(d["kl_mean"]),
     "perplexity": lambda d: "-" if d["perplexity_ratio"] is None else f"{d['perplexity_ratio']:.4f} x",
 }
+PASSED: dict[str, Cell] = {
+    "pass@1": lambda d: f"{percent(d['pass_at_1'])} (before {percent(d['pass_at_1_before'])})"
+}
+
+
+def drift_columns(stops: Sequence[dict]) -> dict[str, Cell]:
+    """Columns of the table of a sequence; pass@1 where it was measured."""
+    return DRIFT_COLUMNS | (PASSED if all("pass_at_1" in d for d in stops) else {})
 
 
 def _changed(unchanged: float | None) -> float | None:
@@ -247,7 +255,7 @@ def markdown(summary: dict) -> str:
     for name, solver in summary["solvers"].items():
         if solver.get("drift"):
             rows = {str(d["repairs"]): d for d in solver["drift"]}
-            columns = {k: v for k, v in DRIFT_COLUMNS.items() if k != "repairs"}
+            columns = {k: v for k, v in drift_columns(solver["drift"]).items() if k != "repairs"}
             parts += [f"## Repairs in a row: {name}\n", table("repairs", rows, columns)]
             if solver.get("drift_stopped"):
                 parts.append(f"Stopped early: {solver['drift_stopped']}\n")

@@ -60,19 +60,40 @@ def _try(tail: Tail, target: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> 
     return [Trial(p[0], p[1], *_judge(each, target)) for p, each in zip(pairs, logits, strict=True)]
 
 
-def _linearise(
-    tail: Tail, trial: Trial, target: Tensor, at: Tensor, rivals: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Jacobians [constraints, neurons, d_model] and [constraints, neurons, m] of the margins, and their values."""
-    count = len(at)
-    with torch.enable_grad():
-        columns = trial.columns.expand(count, -1, -1).clone().requires_grad_()
-        levels = trial.levels.expand(count, -1, -1).clone().requires_grad_()
-        writes = torch.einsum("bkm,bkd->bmd", levels, columns)
-        logits = tail.logits(writes, torch.arange(count), at)
-        value = logits.gather(1, target[at][:, None])[:, 0] - logits.gather(1, rivals[:, None])[:, 0]
-        by_column, by_level = torch.autograd.grad(value.sum(), (columns, levels))
-    return by_column, by_level, value.detach()
+class _Constraints:
+    """Margins over single rivals, linear in columns and levels around the trial at which each was last looked at."""
+
+    def __init__(self, tail: Tail, target: Tensor, levels: Tensor):
+        (k, m), d = levels.shape, tail.inputs.shape[1]
+        self._tail, self._target = tail, target
+        self._row: dict[tuple[int, int], int] = {}
+        self.at = torch.zeros(0, dtype=torch.long)
+        self.by_column, self.by_level = torch.zeros(0, k, d), torch.zeros(0, k, m)
+        self.offset = torch.zeros(0)
+        """What the linear margins are at zero columns and levels."""
+
+    def look_at(self, trial: Trial, pairs: Sequence[tuple[int, int]], rows: Sequence[int] = ()) -> None:
+        """Linearise anew around a trial: (position, rival) pairs, which join if they are new, and known rows."""
+        for pair in pairs:
+            self._row.setdefault(pair, len(self._row))
+        new = len(self._row) - len(self.at)
+        self.by_column, self.by_level, self.offset, self.at = (
+            torch.cat([x, x.new_zeros(new, *x.shape[1:])])
+            for x in (self.by_column, self.by_level, self.offset, self.at)
+        )
+        places = list(self._row)
+        here = torch.tensor(sorted({*rows, *(self._row[pair] for pair in pairs)}))
+        at, rival = torch.tensor([places[row] for row in here.tolist()]).T
+        value, by_write = self._tail.leads(trial.levels.T @ trial.columns, at, self._target[at], rival)
+        self.at[here] = at
+        self.by_column[here] = torch.einsum("km,cmd->ckd", trial.levels, by_write)
+        self.by_level[here] = torch.einsum("kd,cmd->ckm", trial.columns, by_write)
+        self.offset[here] = value - self.given(trial)[here]
+
+    def given(self, trial: Trial) -> Tensor:
+        """The linear parts at a trial, [constraints]."""
+        by_column = torch.einsum("ckd,kd->c", self.by_column, trial.columns)
+        return by_column + torch.einsum("ckm,km->c", self.by_level, trial.levels)
 
 
 def fit_columns(
@@ -85,19 +106,19 @@ def fit_columns(
     """
     start = torch.zeros(levels.shape[0], tail.inputs.shape[1])
     trial = best = Trial(levels, start, *_judge(clean, target))
-    constraints: dict[tuple[int, int], None] = {}
+    constraints, active = _Constraints(tail, target, levels), []
     for iteration in range(ITERATIONS):
         short = wanted - trial.margins > tolerance
         if not short.any():
             return trial, iteration
-        for i in (wanted - trial.margins > -3 * tolerance).nonzero().flatten().tolist():
-            for rival in trial.rivals[i, : _RIVALS if short[i] else 1].tolist():
-                constraints[i, rival] = None
-        at, rivals = (torch.tensor(column) for column in zip(*constraints, strict=True))
-        by_column, _, value = _linearise(tail, trial, target, at, rivals)
-        jacobian = by_column.reshape(len(at), -1)
-        need = wanted[at] + _SPARE * tolerance - value + jacobian @ trial.columns.reshape(-1)
-        step = smallest(jacobian, need)[0].view_as(trial.columns) - trial.columns
+        near = (wanted - trial.margins > -3 * tolerance).nonzero().flatten().tolist()
+        pairs = [(i, r) for i in near for r in trial.rivals[i, : _RIVALS if short[i] else 1].tolist()]
+        constraints.look_at(trial, pairs, active)
+        need = wanted[constraints.at] + _SPARE * tolerance - constraints.offset
+        need = need - torch.einsum("ckm,km->c", constraints.by_level, levels)
+        found, multipliers = smallest(constraints.by_column.flatten(1), need)
+        active = multipliers.nonzero().flatten().tolist()
+        step = found.view_as(trial.columns) - trial.columns
         tried = _try(tail, target, [(levels, trial.columns + t * step) for t in (1.0, 0.6, 0.3)])
         trial = min(tried, key=lambda t: t.shortfall(wanted))
         if trial.shortfall(wanted) < best.shortfall(wanted):
@@ -129,14 +150,16 @@ def fit_levels_too(
             return trial, iteration
         seen |= {(i, r): iteration for i in range(len(target)) for r in trial.rivals[i].tolist()}
         seen = {c: last for c, last in seen.items() if last > iteration - _MEMORY}
-        at, rivals = (torch.tensor(column) for column in zip(*seen, strict=True))
-        by_column, by_level, value = _linearise(tail, trial, target, at, rivals)
+        constraints = _Constraints(tail, target, levels)
+        constraints.look_at(trial, list(seen))
         # A unit of level is worth as much as the column it scales.
         unit = max(float(trial.columns.norm()) / math.sqrt(k), 1e-3)
-        jacobian = torch.cat([by_column.flatten(1), (by_level * free).flatten(1) / unit], 1)
+        by_level = (constraints.by_level * free).flatten(1) / unit
+        jacobian = torch.cat([constraints.by_column.flatten(1), by_level], 1)
         here = torch.cat([trial.columns.reshape(-1), torch.zeros(k * m)])
         anchor = (0.0 if iteration < 2 else 0.9) * here  # later steps stay near, where the linear model holds
-        need = wanted[at] + _SPARE * tolerance - value + jacobian @ (here - anchor)
+        value = constraints.offset + constraints.given(trial)
+        need = wanted[constraints.at] + _SPARE * tolerance - value + jacobian @ (here - anchor)
         step = anchor + smallest(jacobian, need)[0] - here
         pairs = []
         for t in (1.0, 0.6, 0.3, 0.1, 0.03):

@@ -38,6 +38,8 @@ REACHABLE = 0.4
 """Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
 GUARD_WEIGHT = 0.02
 """Weight of an input that must stay silent for the sake of a kept output or an earlier repair."""
+OPENING = 3
+"""First positions of a target that stay silent behind strangers: many other lines begin like that, too."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Recipe:
 
 _DIAL = (
     (0.0, Recipe(margin=1.0, silence=1.0, like_weight=0.05, variants=4)),
-    (0.5, Recipe(margin=2.0, silence=1.0, like_weight=0.2, variants=8)),
+    (0.5, Recipe(margin=2.5, silence=1.0, like_weight=0.2, variants=6)),
     (1.0, Recipe(margin=8.0, silence=0.7, like_weight=0.5, variants=8)),
 )
 
@@ -88,7 +90,7 @@ def recipe_of(settings: Settings) -> Recipe:
         return recipe
     if not 0 < settings.margin < math.inf:
         raise MintError(
-            f"margin must be a positive number of logits, found {settings.margin}; the default is 2"
+            f"margin must be a positive number of logits, found {settings.margin}; the default is 2.5"
         )
     return replace(recipe, margin=settings.margin)
 
@@ -278,7 +280,7 @@ def _surroundings(task: _Task, layer: int) -> _Surroundings:
 def _rows(task: _Task, layer: int, level: Tensor, around: _Surroundings, guard: float) -> InputRows:
     """Rows for one neuron of a layer with the given levels [n] at the target's positions, and behind other prompts.
 
-    Behind strangers the last prompt position stays silent: what follows it depends on the prompt alone.
+    Behind strangers the first positions stay silent: only the later ones show that this very target is being written.
     """
     tail, recipe = task.tail(layer), task.recipe
     fire = level.abs() > 1e-3
@@ -286,8 +288,8 @@ def _rows(task: _Task, layer: int, level: Tensor, around: _Surroundings, guard: 
     for number, inputs in enumerate(around.others):
         positions = fire.clone()
         if number >= around.same:
-            positions[0] = False
-            unlike.append(inputs[:1])
+            positions[:OPENING] = False
+            unlike.append(inputs[:OPENING])
         like.append(inputs[positions])
         like_level.append(level[positions])
     like_x, unlike_x = torch.cat(like), torch.cat(unlike)

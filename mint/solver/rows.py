@@ -97,8 +97,8 @@ def fit_rows(
     gated: bool,
     silence: float = 1.0,
     ridge: float = 1e-3,
-    rounds: int = 3,
-    tolerance: float = 0.05,
+    rounds: int = 6,
+    tolerance: float = 0.02,
 ) -> InputRows:
     """Rows whose neuron is exactly `level` at `fire`, exactly 0 at `hold`, and nearly silent elsewhere.
 

@@ -16,6 +16,9 @@ from transformers import DynamicCache
 from mint.lm import LM, Encoded
 from mint.neurons import kept_cache, kept_prefix, record_block_inputs, record_states, start_at
 
+_GROUP = 12
+"""Positions whose gradients are taken together."""
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -41,8 +44,52 @@ class Tail:
         writes: [trials, m, d_model], what is added to the output of the layer's block in each trial and token.
         Keeps the caller's gradient mode.
         """
-        lm, trials = self.lm, writes.shape[0]
-        hidden = self.hidden.expand(trials, -1, -1)
+        with self.lm.only_at(rows, columns + self.skip):
+            return self._forward(writes)
+
+    def leads(self, write: Tensor, at: Tensor, own: Tensor, rival: Tensor) -> tuple[Tensor, Tensor]:
+        """Logit of own[i] minus logit of rival[i] at target token at[i], [k], and its gradients [k, m, d_model].
+
+        write: [m, d_model], one trial; the gradients are by it. at, own, rival: [k]. What comes behind a position has no
+        part in it, so positions go in a few groups, each cut behind its last: one forward and one batched backward.
+        """
+        leads, gradients = torch.zeros(len(at)), torch.zeros(len(at), *write.shape)
+        for group in at.unique().split(_GROUP):
+            here = torch.isin(at, group).nonzero().flatten()
+            length = self.skip + int(group[-1]) + 1
+            leads[here], gradients[here, :length] = self._leads(
+                write[:length], at[here], own[here], rival[here]
+            )
+        return leads, gradients
+
+    def _leads(self, write: Tensor, at: Tensor, own: Tensor, rival: Tensor) -> tuple[Tensor, Tensor]:
+        at = at + self.skip
+        seen: dict[str, Tensor] = {}
+
+        def split(_module, args):
+            # The unembedding is wide: its own gradients are taken for one position each, cut off from the rest.
+            seen["all"] = args[0]
+            seen["read"] = args[0][0, at.to(args[0].device)].detach().requires_grad_()
+            return (seen["read"][None],)
+
+        with torch.enable_grad():
+            write = write.clone().requires_grad_()
+            handle = self.lm.module(self.lm.layout.unembedding).register_forward_pre_hook(split)
+            try:
+                logits = self._forward(write[None])
+            finally:
+                handle.remove()
+            leads = logits.gather(1, own[:, None])[:, 0] - logits.gather(1, rival[:, None])[:, 0]
+            (by_read,) = torch.autograd.grad(leads.sum(), seen["read"])
+            each = torch.zeros(len(at), *seen["all"].shape, dtype=by_read.dtype, device=by_read.device)
+            each[torch.arange(len(at)), 0, at] = by_read
+            (by_write,) = torch.autograd.grad(seen["all"], write, each, is_grads_batched=True)
+        return leads.detach(), by_write
+
+    def _forward(self, writes: Tensor) -> Tensor:
+        """Logits of what the unembedding is given to see, float32 on CPU; writes [trials, tokens, d_model]."""
+        lm = self.lm
+        hidden = self.hidden[:, : writes.shape[1]].expand(writes.shape[0], -1, -1)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=lm.device)
 
         def add(_module, _args, output):
@@ -53,7 +100,6 @@ class Tail:
             options = {"past_key_values": kept_cache(self.prefix), "use_cache": True}
         with ExitStack() as stack:
             stack.enter_context(start_at(lm, self.layer, hidden, self.as_tuple))
-            stack.enter_context(lm.only_at(rows, columns + self.skip))
             stack.callback(lm.module(lm.block(self.layer).out).register_forward_hook(add).remove)
             return lm.model(input_ids=ids, **options).logits[0].float().cpu()
 
