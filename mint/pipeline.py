@@ -164,7 +164,8 @@ def repair(
                 continue
             if clean is None:
                 say("measuring the model before the repair")
-                clean = specificity.baseline(lm, measured_sequences(lm, wishes))
+                watched = measured_sequences(lm, wishes)
+                clean = specificity.baseline(lm, watched, states=specificity.late_layers(lm))
                 if prepare is not None:
                     timing["statistics"], _ = _timed(lambda: prepare(lm))
             problem = Problem(
@@ -178,7 +179,8 @@ def repair(
         effects = None
         if patches and clean is not None:
             say("measuring what else changed")
-            effects = specificity.compare(lm, clean)
+            since = min(edit.layer for patch in patches for edit in patch.edits)
+            effects = specificity.compare(lm, clean, since=since)
     patch = None
     if patches:
         whole = compose(patches) if len(patches) > 1 else patches[0]

@@ -55,6 +55,7 @@ def measure(lm, options: argparse.Namespace) -> dict[str, dict]:
     """Entries of all points by name: the dial, then the baselines."""
     cases, _ = measuring.read_cases(options.cases)
     common = {"seed": options.seed, "limit": options.limit, "progress": True, "page": False}
+    common |= {"controls": {}, "options": measuring.Options(outputs=0)}  # neither is drawn
     found = {}
     for value in options.dial:
         settings, out = Settings(generalize=value), options.out / f"generalize-{value:g}"
@@ -76,7 +77,7 @@ def bench(path: Path | None, name: str) -> dict[str, dict]:
         raise MintError(
             f"{path}: holds no results for '{name}', but for {', '.join(results)}; run the bench on it"
         )
-    return {n: e for n, e in results[name]["solvers"].items() if not n.startswith("mint,") and n != "mint"}
+    return {n: e for n, e in results[name]["solvers"].items() if n != "mint"}
 
 
 def main(arguments: list[str] | None = None) -> int:

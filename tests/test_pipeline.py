@@ -172,7 +172,7 @@ def test_an_interrupt_while_the_edit_is_in_takes_it_out(fault, monkeypatch, wher
     lm, case, undo = fault
     clean, solve = weights_of(lm), undoing(undo)
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         assert not same_bits(clean, weights_of(lm))
         raise KeyboardInterrupt
 

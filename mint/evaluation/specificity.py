@@ -21,6 +21,7 @@ from torch import Tensor
 from mint.errors import MintError
 from mint.lm import LM, Encoded
 from mint.neurons import record_states, start_at
+from mint.reference import sample_layers
 
 Measured = tuple[Sequence[int], Sequence[int], Sequence[int] | None]
 """(ids, positions, targets): the next-token distributions behind ids[: p + 1] for p in positions are measured. targets
@@ -119,9 +120,9 @@ class Tokens:
 
 
 def late_layers(lm: LM) -> tuple[int, ...]:
-    """Layers whose inputs are worth remembering: the last three, and a few between them and the middle."""
+    """Layers whose inputs are worth remembering: those that the solver edits, and the last two."""
     n = lm.n_layers
-    return tuple(sorted({n // 2, 2 * n // 3, 5 * n // 6, n - 3, n - 2, n - 1} & set(range(1, n))))
+    return tuple(sorted({*sample_layers(lm), n - 2, n - 1} & set(range(1, n))))
 
 
 @torch.no_grad()
