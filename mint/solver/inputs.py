@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mint.lm import LM
 from mint.neurons import record_block_inputs
 
+_BATCH = 16
 _SEEN: "WeakKeyDictionary[nn.Module, dict[tuple, Tensor]]" = WeakKeyDictionary()
 
 
@@ -48,10 +49,14 @@ def inputs_behind(lm: LM, layer: int, prompts: Sequence[Sequence[int]], target: 
     return torch.stack([x[len(p) - 1 :] for x, p in zip(found, prompts, strict=True)])
 
 
-def inputs_of(lm: LM, layer: int, ids: Sequence[int], below: frozenset[tuple[int, int]]) -> Tensor:
-    """Block inputs [tokens, d_model] of one guarded text; remembered for the edits `below` the layer as they are."""
+def inputs_of(
+    lm: LM, layer: int, texts: Sequence[Sequence[int]], below: frozenset[tuple[int, int]]
+) -> list[Tensor]:
+    """Block inputs [tokens, d_model] of guarded texts; remembered for the edits `below` the layer as they are."""
     seen = _SEEN.setdefault(lm.model, {})
-    key = (layer, tuple(ids), below)
-    if key not in seen:
-        seen[key] = block_inputs(lm, layer, [ids])[0]
-    return seen[key]
+    keys = [(layer, tuple(ids), below) for ids in texts]
+    missing = sorted({key for key in keys if key not in seen}, key=lambda key: len(key[1]))
+    for start in range(0, len(missing), _BATCH):
+        part = missing[start : start + _BATCH]
+        seen |= zip(part, block_inputs(lm, layer, [ids for _, ids, _ in part]), strict=True)
+    return [seen[key] for key in keys]

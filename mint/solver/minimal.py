@@ -17,7 +17,7 @@ from torch import Tensor
 from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
 from mint.errors import MintError
-from mint.lm import LM
+from mint.lm import LM, Encoded
 from mint.neurons import record
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
 from mint.reference import Statistics, sample_layers, statistics
@@ -38,6 +38,10 @@ REACHABLE = 0.4
 """Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
 GUARD_WEIGHT = 0.02
 """Weight of an input that must stay silent for the sake of a kept output or an earlier repair."""
+MANY = 20
+"""Earlier repairs at which the dial is halved."""
+HEARD = 0.02
+"""Least activation, as a share of that at the fault, for which a kept output or an earlier repair is looked at again."""
 OPENING = 3
 """First positions of a target that stay silent behind strangers: many other lines begin like that, too."""
 
@@ -64,8 +68,11 @@ _DIAL = (
 )
 
 
-def recipe_of(settings: Settings) -> Recipe:
+def recipe_of(settings: Settings, earlier: int = 0) -> Recipe:
     """The recipe for `settings.generalize` (0 to 1, geometric between the measured points) and `settings.margin`.
+
+    earlier: repairs that the model carries already. Side effects of many repairs add up, so each later one reaches less
+    far: the dial is divided by 1 + earlier / 20.
 
     Raises `MintError` for a dial outside 0 to 1 or a margin that is no positive number.
     """
@@ -74,6 +81,7 @@ def recipe_of(settings: Settings) -> Recipe:
         raise MintError(
             f"generalize must lie between 0 and 1, found {dial}; 0 changes least, 1 carries over most"
         )
+    dial /= 1 + earlier / MANY
     (low, a), (high, b) = next(pair for pair in zip(_DIAL, _DIAL[1:], strict=False) if dial <= pair[1][0])
     t = (dial - low) / (high - low)
 
@@ -126,7 +134,7 @@ class _Task:
 
 
 def _prepare(lm: LM, problem: Problem, settings: Settings, layers: Sequence[int]) -> _Task:
-    recipe = recipe_of(settings)
+    recipe = recipe_of(settings, len(problem.earlier))
     stats = statistics(lm, settings.reference)
     clean = run_clean(lm, problem.encoded, layers)
     target = torch.tensor(problem.encoded.target)
@@ -263,7 +271,9 @@ class _Surroundings:
     same: int
     """How many of them mean the same."""
     guarded: Tensor
-    """[k, d_model] of kept outputs and earlier repairs."""
+    """[k, d_model] of kept outputs and earlier repairs, one after the other."""
+    lengths: list[int]
+    """Tokens of each of them."""
 
 
 def _surroundings(task: _Task, layer: int) -> _Surroundings:
@@ -273,8 +283,10 @@ def _surroundings(task: _Task, layer: int) -> _Surroundings:
     others = inputs_behind(task.lm, layer, prompts, target) if prompts else torch.zeros(0, len(target), width)
     guards = [*task.problem.keep, *task.problem.earlier]
     below = frozenset(place for place in task.problem.used if place[0] < layer)
-    guarded = [inputs_of(task.lm, layer, guard.ids[:-1], below) for guard in guards]
-    return _Surroundings(others, same, torch.cat(guarded) if guarded else torch.zeros(0, width))
+    guarded = inputs_of(task.lm, layer, [guard.ids[:-1] for guard in guards], below)
+    return _Surroundings(
+        others, same, torch.cat([torch.zeros(0, width), *guarded]), [len(x) for x in guarded]
+    )
 
 
 def _rows(task: _Task, layer: int, level: Tensor, around: _Surroundings, guard: float) -> InputRows:
@@ -368,12 +380,11 @@ def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Pa
     """The draft with input rows, and its details. guard: weight of the inputs that must stay silent."""
     carriers, trial, around = draft.carriers, draft.trial, draft.around
     layer = carriers[0].layer
-    edits, loud, cost = [], 0.0, 0.0
+    edits, loud, cost = [], torch.zeros(len(around.guarded)), 0.0
     act = task.lm.layout.act(layer)
     for carrier, level, column in zip(carriers, trial.levels, trial.columns, strict=False):
         rows = _rows(task, layer, level, around, guard)
-        if len(around.guarded):
-            loud = max(loud, float(rows.respond(around.guarded, act).abs().max() / rows.gain))
+        loud = torch.maximum(loud, rows.respond(around.guarded, act).abs() / rows.gain)
         sample = task.stats.sample.get(layer)
         if sample is not None:
             answer = rows.respond(sample.float(), act) / rows.gain
@@ -384,7 +395,7 @@ def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Pa
         "iterations": draft.iterations,
         "norm": [round(float(c.norm()), 4) for c in trial.columns],
         "carriers": [_describe(c) for c in carriers[: len(edits)]],
-        "loudest_on_guarded": loud,
+        "heard_by": [i for i, part in enumerate(loud.split(around.lengths)) if bool((part > HEARD).any())],
         "cost": cost,
     }
     return Patch(tuple(edits), identity(task.lm)), details
@@ -465,18 +476,25 @@ def _holds(task: _Task, patch: Patch, details: dict) -> tuple[float, str | None]
         least = float(margins(lm, problem.encoded).min())
         if not least > 0:
             return least, "the edit does not hold in the rounded weights"
-        for name, guards in (("kept output", problem.keep), ("earlier repair", problem.earlier)):
-            # A silent neuron changes nothing there; looking again would cost a forward an earlier repair.
-            if name == "earlier repair" and details.get("loudest_on_guarded", 1.0) < 0.02:
-                continue
-            for indices, logits in lm.batched_logits([g.ids for g in guards], [g.positions for g in guards]):
-                wanted = torch.tensor([t for i in indices for t in guards[i].target], device=logits.device)
-                wrong = (logits.argmax(1) != wanted).nonzero().flatten()
-                if len(wrong):
-                    ends = torch.tensor([len(guards[i].target) for i in indices]).cumsum(0)
-                    at = indices[int((ends <= int(wrong[0])).sum())]
-                    return least, f"{name} {at + 1} would change"
+        # A neuron that is silent at an earlier repair changes nothing there; looking again would cost a forward each.
+        first = len(problem.keep)
+        heard = details.get("heard_by", range(first, first + len(problem.earlier)))
+        earlier = [(i - first, problem.earlier[i - first]) for i in heard if i >= first]
+        for name, guards in (("kept output", list(enumerate(problem.keep))), ("earlier repair", earlier)):
+            if (broken := _first_broken(lm, [guard for _, guard in guards])) is not None:
+                return least, f"{name} {guards[broken][0] + 1} would change"
     return least, None
+
+
+def _first_broken(lm: LM, guards: Sequence[Encoded]) -> int | None:
+    """Index of a text whose target is no longer written, teacher-forced; None if all are."""
+    for indices, logits in lm.batched_logits([g.ids for g in guards], [g.positions for g in guards]):
+        wanted = torch.tensor([t for i in indices for t in guards[i].target], device=logits.device)
+        wrong = (logits.argmax(1) != wanted).nonzero().flatten()
+        if len(wrong):
+            ends = torch.tensor([len(guards[i].target) for i in indices]).cumsum(0)
+            return indices[int((ends <= int(wrong[0])).sum())]
+    return None
 
 
 def solve_at(lm: LM, problem: Problem, settings: Settings, neurons: Sequence[tuple[int, int]]) -> Solution:
