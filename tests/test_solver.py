@@ -15,9 +15,11 @@ from mint.errors import MintError
 from mint.lm import Encoded
 from mint.neurons import record
 from mint.patch import Patch, applied, apply, make_edit
+from mint.reference import passages, reference_lines, statistics
 from mint.solver import minimal
+from mint.solver import tail as tail_module
 from mint.solver.common import Problem, Settings, changed, margins
-from mint.solver.inputs import block_inputs, inputs_behind
+from mint.solver.inputs import block_inputs, inputs_behind, inputs_of
 from mint.solver.qp import smallest
 from mint.solver.rows import STEEP, Background, Inputs, fit_rows
 from mint.solver.tail import run_clean
@@ -176,7 +178,51 @@ def test_the_dial_is_monotone():
     assert [r.silence for r in recipes] == sorted((r.silence for r in recipes), reverse=True)
 
 
+def test_later_repairs_reach_less_far():
+    late = minimal.recipe_of(Settings(), earlier=minimal.MANY)
+    assert late == minimal.recipe_of(Settings(generalize=0.25))
+    assert minimal.recipe_of(Settings(), earlier=0) == minimal.recipe_of(Settings())
+    assert minimal.recipe_of(Settings(margin=7.0), earlier=1000).margin == 7.0
+
+
+def test_strangers_are_followed_only_after_the_opening(lm, monkeypatch):
+    """Behind a rephrasing every wrong position should fire; behind a stranger only those after the opening."""
+    given, fit = [], minimal.fit_rows
+    monkeypatch.setattr(
+        minimal, "fit_rows", lambda inputs, *a, **k: given.append(inputs) or fit(inputs, *a, **k)
+    )
+    n, d = 5, 32
+    task = minimal._prepare(lm, problem(lm, target="abcd\n"), Settings(), [1])
+    around = minimal._Surroundings(torch.randn(3, n, d), 1, torch.zeros(0, d), [])
+    minimal._rows(task, 1, torch.ones(n), around, 0.02)
+    torch.testing.assert_close(given[0].like, torch.cat([around.others[0], *around.others[1:, 3:]]))
+    torch.testing.assert_close(given[0].unlike[-6:], torch.cat([*around.others[1:, :3]]))
+
+
 # ---------------------------------------------------------------------- parts
+
+
+def test_leads_and_their_gradients_match_one_backward_each(any_lm, monkeypatch):
+    monkeypatch.setattr(tail_module, "_GROUP", 2)  # several groups, each cut behind its last position
+    encoded = Encoded((5, 40, 77, 12), (200, 9, 33, 71, 8))
+    tail = run_clean(any_lm, encoded, [0]).tails[0]
+    torch.manual_seed(1)
+    write = torch.randn(5, 32)
+    at, own, rival = (
+        torch.tensor([3, 0, 1, 3, 4]),
+        torch.tensor([7, 1, 2, 5, 3]),
+        torch.tensor([9, 8, 4, 6, 0]),
+    )
+    leads, gradients = tail.leads(write, at, own, rival)
+    for i in range(len(at)):
+        alone = write.clone().requires_grad_()
+        with torch.enable_grad():
+            logits = tail.logits(alone[None], torch.tensor([0]), at[i : i + 1])[0]
+            lead = logits[own[i]] - logits[rival[i]]
+        (wanted,) = torch.autograd.grad(lead, alone)
+        torch.testing.assert_close(leads[i], lead.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(gradients[i], wanted, atol=1e-4, rtol=1e-4)
+        assert not gradients[i, int(at[i]) + 1 :].any()
 
 
 def test_a_tail_equals_a_full_forward_with_the_write_in_place(any_lm):
@@ -215,6 +261,25 @@ def test_inputs_behind_other_prompts_are_the_models_own(lm):
     found = inputs_behind(lm, 1, prompts, [20, 21])
     alone = block_inputs(lm, 1, [[9, 10, 11, 12, 13, 20]])[0]
     torch.testing.assert_close(found[1], alone[4:], atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_of_guarded_texts_are_the_models_own_and_remembered(lm, monkeypatch):
+    texts = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8]]
+    found = inputs_of(lm, 1, texts, frozenset())
+    for ids, x in zip(texts, found, strict=True):
+        torch.testing.assert_close(x, block_inputs(lm, 1, [ids])[0], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr("mint.solver.inputs.block_inputs", None)
+    assert inputs_of(lm, 1, texts, frozenset())[1] is found[1]
+
+
+def test_every_input_of_the_reference_lines_is_kept(lm):
+    lines = passages(lm, reference_lines())
+    kept = statistics(lm).sample[1]
+    wanted = block_inputs(lm, 1, [lines[0], lines[-1]])
+    for row in torch.cat(wanted):
+        assert float((kept.float() - row).abs().amax(1).min()) < 1e-2
+    assert len(kept) > sum(map(len, lines))
+    assert all(line.count("\n") == 2 for line in reference_lines())
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(3, 12))
