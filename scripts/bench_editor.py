@@ -7,7 +7,7 @@
 Leaner than `mint evaluate`: one set of other lines for all cases, measured once, no controls, no report. Cases whose
 target is longer than 40 tokens, or written already, are left out and counted. Each row is written as it is measured;
 the same command goes on where it stopped. `changed` and `broken` are shares of the tokens of 24 other lines of the
-same file (none of them repaired), code is the held-out text that ships, generalization is teacher-forced.
+same file (120 where repairs are in a row; none of them repaired), code is the held-out text that ships, generalization is teacher-forced.
 """
 
 import argparse
@@ -29,17 +29,24 @@ from mint.solver import SOLVERS
 from mint.solver.common import Problem, Settings, changed, margins
 
 OTHERS = 24
+OTHERS_IN_A_ROW = 120
 LONGEST = 40
 CHECKPOINTS = (1, 2, 5, 10, 20, 50, 100)
 
 
-def chosen(lm: LM, path: str, limit: int, seed: int, rephrased: bool) -> tuple[list, list, dict]:
-    """Cases to repair, other cases to watch, and how many were left out and why."""
+def chosen(
+    lm: LM, path: str, limit: int, seed: int, rephrased: bool, in_a_row: bool = False
+) -> tuple[list, list, dict]:
+    """Cases to repair, other cases to watch, and how many were left out and why.
+
+    in_a_row: one model cannot write two targets behind the same prompt; the later of such cases is left out.
+    """
     cases = load_cases(path)
     random.Random(seed).shuffle(cases)
     if rephrased:
         cases.sort(key=lambda c: not c.rephrasings)
-    taken, left = [], {"too long": 0, "already right": 0}
+    taken, left = [], {"too long": 0, "already right": 0, "same prompt": 0}
+    prompts: set[str] = set()
     rest: list[tuple[Case, Encoded]] = []
     for case in cases:
         encoded = lm.encode(case)
@@ -49,10 +56,14 @@ def chosen(lm: LM, path: str, limit: int, seed: int, rephrased: bool) -> tuple[l
             rest.append((case, encoded))
         elif float(margins(lm, encoded).min()) > 0:
             left["already right"] += 1
+        elif in_a_row and case.prompt in prompts:
+            left["same prompt"] += 1
         else:
             taken.append((case, encoded))
-    prompts, targets = {c.prompt for c, _ in taken}, {c.target for c, _ in taken}
-    others = [(c, e) for c, e in rest if c.prompt not in prompts and c.target not in targets][:OTHERS]
+            prompts.add(case.prompt)
+    targets = {c.target for c, _ in taken}
+    others = [(c, e) for c, e in rest if c.prompt not in prompts and c.target not in targets]
+    others = others[: OTHERS_IN_A_ROW if in_a_row else OTHERS]
     return taken, others, left
 
 
@@ -182,7 +193,13 @@ def in_a_row(lm: LM, solver, settings: Settings, taken: list, watched: tuple, ou
                     strict=True,
                 )
             ]
-            row = {"repairs": number, "failed": failed, "retained_exact_match": sum(kept) / number}
+            lost = [case.id for (case, _), k in zip(done, kept, strict=True) if not k]
+            row = {
+                "repairs": number,
+                "failed": failed,
+                "retained_exact_match": sum(kept) / number,
+                "lost": lost,
+            }
             row |= side_effects(lm, watched, None)
             with out.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
@@ -211,7 +228,9 @@ def main() -> None:
     options = parser.parse_args()
     lm = load_lm(options.model)
     statistics(lm)
-    taken, others, left = chosen(lm, options.cases, options.limit, options.seed, not options.sequential)
+    taken, others, left = chosen(
+        lm, options.cases, options.limit, options.seed, not options.sequential, options.sequential
+    )
     print(f"{len(taken)} cases, {len(others)} other lines, left out: {left}", flush=True)
     settings = Settings(generalize=options.generalize, margin=options.margin, where=options.where)
     watched = watch(lm, others)
