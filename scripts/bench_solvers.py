@@ -78,7 +78,7 @@ def evaluate_file(
         limit=options.limit,
         sequential=options.sequential,
         skipped=skipped,
-        tests=judges.tests_beside(file),
+        tests=judges.load_tests_beside(file),
         progress=True,
         say=say,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from mint.errors import CaseError, MintError
 from mint.evaluation import judges, sandbox
-from mint.evaluation.judges import judge, judge_ia32, load_tests, tests_beside
+from mint.evaluation.judges import judge, judge_ia32, load_tests, load_tests_beside
 from mint.evaluation.sandbox import run_python
 
 TOOLS = [
@@ -252,8 +252,8 @@ def test_tests_file_is_read_by_id(tmp_path):
     path = tmp_path / "c.tests.jsonl"
     path.write_text(json.dumps({"id": "a", "before": "x", "after": "y"}) + "\n")
     assert load_tests(path) == {"a": {"before": "x", "after": "y"}}
-    assert tests_beside(tmp_path / "c.jsonl") == load_tests(path)
-    assert tests_beside(tmp_path / "d.jsonl") is None
+    assert load_tests_beside(tmp_path / "c.jsonl") == load_tests(path)
+    assert load_tests_beside(tmp_path / "d.jsonl") is None
 
 
 def test_bad_tests_file_is_one_clear_line(tmp_path):

@@ -112,7 +112,7 @@ def evaluate(
         run.named_solvers(solver or ["mint"])
         other_cases = None if others is None else load_cases(others)
         code = None if not heldout else [_text(p) for p in heldout]
-        known_tests = judges.tests_beside(cases) if tests is None else judges.load_tests(tests)
+        known_tests = judges.load_tests_beside(cases) if tests is None else judges.load_tests(tests)
         drift = Drift(repairs=repairs)
         if programs is not None:
             drift = _with_programs(drift, programs, program_tokens)
@@ -163,7 +163,7 @@ def _with_programs(drift, path: Path, tokens: int):
     from mint.case import load_cases
     from mint.evaluation import judges
 
-    programs, tests = tuple(load_cases(path)), judges.tests_beside(path) or {}
+    programs, tests = tuple(load_cases(path)), judges.load_tests_beside(path) or {}
     missing = next((c.id for c in programs if c.id not in tests), None)
     if missing is not None:
         raise MintError(

@@ -14,6 +14,8 @@ _FAINT = "#040506"
 _SERIES = tuple(f"#0a0b{n:02x}" for n in range(8))
 _PLAIN = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d", "#4b5563")
 _MARKS = "osD^vPX*"
+_MOST_INSIDE = 6
+"""Entries of a legend that find room inside the axes."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def scatter(
             axes.errorbar(
                 point.x * factor, point.y * factor, xerr=x_error, yerr=y_error, fmt="none", color=colour, capsize=2
             )  # fmt: skip
-            mark = _MARKS[number % len(_MARKS)]
+            mark = _MARKS[
+                (number + number // len(_SERIES)) % len(_MARKS)
+            ]  # colours repeat, the pair does not
             axes.plot(
                 [point.x * factor], [point.y * factor], mark, color=colour, markersize=7, label=point.name
             )
@@ -143,7 +147,10 @@ def _finish(axes, x: str, y: str, title: str) -> None:
     axes.grid(True, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.margins(0.08)
-    axes.legend(loc="best", fontsize=9)
+    if len(axes.get_legend_handles_labels()[0]) > _MOST_INSIDE:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    else:
+        axes.legend(loc="best", fontsize=9)
 
 
 def svg(figure) -> str:

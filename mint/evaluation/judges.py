@@ -363,7 +363,7 @@ JUDGE_OF_TASK = {
 """For cases read from a file, whose `task` is all that is known; the tasks' own files say the same."""
 
 
-def tests_beside(cases: Path) -> dict[str, dict[str, str]] | None:
+def load_tests_beside(cases: Path) -> dict[str, dict[str, str]] | None:
     """The tests that were written with a file of cases, F.tests.jsonl beside F.jsonl; None if there are none."""
     path = cases.with_name(f"{cases.stem}.tests.jsonl")
     return load_tests(path) if path.exists() else None
