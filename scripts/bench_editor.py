@@ -7,7 +7,8 @@
 Leaner than `mint evaluate`: one set of other lines for all cases, measured once, no controls, no report. Cases whose
 target is longer than 40 tokens, or written already, are left out and counted. Each row is written as it is measured;
 the same command goes on where it stopped. `changed` and `broken` are shares of the tokens of 24 other lines of the
-same file (120 where repairs are in a row; none of them repaired), code is the held-out text that ships, generalization is teacher-forced.
+same file (120 where repairs are in a row; none of them repaired), code is the held-out text that ships,
+generalization is teacher-forced.
 """
 
 import argparse
@@ -34,16 +35,14 @@ LONGEST = 40
 CHECKPOINTS = (1, 2, 5, 10, 20, 50, 100)
 
 
-def chosen(
-    lm: LM, path: str, limit: int, seed: int, rephrased: bool, in_a_row: bool = False
-) -> tuple[list, list, dict]:
+def chosen(lm: LM, path: str, limit: int, seed: int, in_a_row: bool) -> tuple[list, list, dict]:
     """Cases to repair, other cases to watch, and how many were left out and why.
 
-    in_a_row: one model cannot write two targets behind the same prompt; the later of such cases is left out.
+    Single repairs: cases with rephrasings first. in_a_row: one model cannot write two targets behind the same prompt; the later of such cases is left out.
     """
     cases = load_cases(path)
     random.Random(seed).shuffle(cases)
-    if rephrased:
+    if not in_a_row:
         cases.sort(key=lambda c: not c.rephrasings)
     taken, left = [], {"too long": 0, "already right": 0, "same prompt": 0}
     prompts: set[str] = set()
@@ -228,9 +227,7 @@ def main() -> None:
     options = parser.parse_args()
     lm = load_lm(options.model)
     statistics(lm)
-    taken, others, left = chosen(
-        lm, options.cases, options.limit, options.seed, not options.sequential, options.sequential
-    )
+    taken, others, left = chosen(lm, options.cases, options.limit, options.seed, options.sequential)
     print(f"{len(taken)} cases, {len(others)} other lines, left out: {left}", flush=True)
     settings = Settings(generalize=options.generalize, margin=options.margin, where=options.where)
     watched = watch(lm, others)

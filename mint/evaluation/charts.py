@@ -83,12 +83,9 @@ def scatter(
             axes.errorbar(
                 point.x * factor, point.y * factor, xerr=x_error, yerr=y_error, fmt="none", color=colour, capsize=2
             )  # fmt: skip
-            mark = _MARKS[
-                (number + number // len(_SERIES)) % len(_MARKS)
-            ]  # colours repeat, the pair does not
             axes.plot(
-                [point.x * factor], [point.y * factor], mark, color=colour, markersize=7, label=point.name
-            )
+                [point.x * factor], [point.y * factor], _mark(number), color=colour, markersize=7, label=point.name
+            )  # fmt: skip
         _finish(axes, x, y, title)
         widest = max((p.x * factor for p in points), default=0)
         if percent and widest > 5:  # a matrix-wide edit would press everything else against the axis
@@ -114,7 +111,7 @@ def curves(
             axes.plot(
                 curve.x,
                 [v * factor for v in curve.y],
-                marker=_MARKS[number % len(_MARKS)],
+                marker=_mark(number),
                 color=_colour(number, themed),
                 label=curve.name,
             )
@@ -131,6 +128,11 @@ def curves(
 
 def _colour(number: int, themed: bool) -> str:
     return (_SERIES if themed else _PLAIN)[number % len(_SERIES)]
+
+
+def _mark(number: int) -> str:
+    """Colours repeat, the pair of colour and mark does not (up to 64)."""
+    return _MARKS[(number + number // len(_SERIES)) % len(_MARKS)]
 
 
 def _error(value: float, interval: tuple[float, float] | None, factor: float):
