@@ -26,12 +26,12 @@ from mint.attribution.exact import Run, exact_all, exact_scores, record_run
 from mint.attribution.faults import Fault, differences
 from mint.attribution.linear import forward_with_graph
 from mint.attribution.methods import METHODS, estimate
+from mint.attribution.rank import pearson, recall_at, screened, sign_agreement, spearman
 from mint.attribution.references import draws
-from mint.attribution.report import pearson, recall_at, screened, sign_agreement, spearman
 from mint.case import Case
-from mint.lm import LM
-from mint.loading import BUILTIN, load_lm
-from mint.neurons import override
+from mint.model.hooks import override
+from mint.model.lm import LM
+from mint.model.loading import BUILTIN, load_lm
 from mint.reference import statistics
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

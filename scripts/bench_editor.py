@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from mint.case import Case, load_cases
-from mint.evaluation.specificity import baseline, compare, of_case, of_ids
-from mint.lm import LM, Encoded
-from mint.loading import BUILTIN, load_lm
+from mint.measure.specificity import baseline, compare, of_case, of_ids
+from mint.model.lm import LM, Encoded
+from mint.model.loading import BUILTIN, load_lm
 from mint.patch import apply, revert
 from mint.reference import passages, sample_layers, statistics
 from mint.solver import SOLVERS
-from mint.solver.common import Problem, Settings, changed, margins
+from mint.solver.problem import Problem, Settings, changed, margins
 
 OTHERS = 24
 OTHERS_IN_A_ROW = 120

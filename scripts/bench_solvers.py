@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 from mint.errors import MintError
-from mint.evaluation import judges, measuring, run, summary
-from mint.loading import BUILTIN, load_lm
-from mint.patch import write_file
+from mint.evaluation import measuring, run, summary
+from mint.files import write_file
+from mint.measure import judges
+from mint.model.loading import BUILTIN, load_lm
 from mint.solver import SOLVERS
-from mint.solver.common import Settings, Solver
+from mint.solver.problem import Settings, Solver
 
 RESPONSIBLE = "mint, responsible only"
 

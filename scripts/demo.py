@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from mint import MintError, console, patch, pipeline
+from mint import MintError, console, patch
+from mint import session as pipeline
 from mint.case import Case
 from mint.cli.repair import show_neurons
-from mint.lm import LM
-from mint.loading import BUILTIN, load_lm
+from mint.model.lm import LM
+from mint.model.loading import BUILTIN, load_lm
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "demo"
 CASES = [

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from mint.errors import MintError
 from mint.evaluation import charts, measuring, run
-from mint.loading import BUILTIN, load_lm
-from mint.patch import write_file
-from mint.solver.common import Settings
+from mint.files import write_file
+from mint.model.loading import BUILTIN, load_lm
+from mint.solver.problem import Settings
 
 DIAL = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -75,9 +75,9 @@ class Task:
     language: str
     """`python`, `bash` or `ia32`."""
     judge: str
-    """Key of `mint.evaluation.judges.JUDGES`."""
+    """Key of `mint.measure.judges.JUDGES`."""
     stop: str
-    """Stop rule of `mint.evaluation.textmetrics.cut`: `line` or `block`."""
+    """Stop rule of `mint.measure.textmetrics.cut`: `line` or `block`."""
     hub_id: str
     """Default data set on the hub."""
     from_hub: Callable[[Row], Row]

@@ -8,8 +8,8 @@ import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mint.layout import find_layout
-from mint.lm import LM
+from mint.model.layout import find_layout
+from mint.model.lm import LM
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 GATED = SIZE | {"num_key_value_heads": 2, "intermediate_size": 64}
@@ -110,6 +110,6 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="session")
 def real_lm() -> LM:
     """The built-in model. Read-only: leave it as you found it."""
-    from mint.loading import BUILTIN, load_lm
+    from mint.model.loading import BUILTIN, load_lm
 
     return load_lm(BUILTIN)

@@ -2,9 +2,9 @@
 
 import torch
 
-from mint.neurons import record
+from mint.model.hooks import record
 from mint.patch import Patch, identity, make_edit
-from mint.solver.common import Solution, TensorChange, changed, margins
+from mint.solver.problem import Solution, TensorChange, changed, margins
 
 SCALES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -10,11 +10,11 @@ from mint.attribution import attribute, find_faults, linear_scores, plots
 from mint.attribution.exact import exact_scores, joint_effect, noise_scores, record_run
 from mint.attribution.faults import Fault
 from mint.attribution.methods import METHODS, estimate, norms, relevance_rules
+from mint.attribution.rank import jaccard, pearson, recall_at, screened, sign_agreement, spearman
 from mint.attribution.references import draws, make_reference
-from mint.attribution.report import jaccard, pearson, recall_at, screened, sign_agreement, spearman
 from mint.case import Case
 from mint.errors import CaseError, MintError
-from mint.lm import Encoded
+from mint.model.lm import Encoded
 from mint.reference import Statistics
 from tests.conftest import tiny_lm
 from tests.test_attribution_exact import (

@@ -17,9 +17,9 @@ from mint.attribution.exact import (
 )
 from mint.attribution.faults import Fault, differences
 from mint.case import Case
-from mint.layout import find_layout
-from mint.lm import LM
-from mint.neurons import override
+from mint.model.hooks import override
+from mint.model.layout import find_layout
+from mint.model.lm import LM
 from tests.conftest import byte_tokenizer, same_bits, tiny_lm, tiny_model, weights_of
 
 CASE = Case("a", "hello w", "orld!")

@@ -7,7 +7,7 @@ from mint.attribution import find_faults, first_fault, linear_scores
 from mint.attribution.faults import differences
 from mint.case import Case
 from mint.errors import CaseError
-from mint.neurons import override, record
+from mint.model.hooks import override, record
 from tests.conftest import tiny_lm
 
 CASE = Case("a", "def f(x):", " return x")

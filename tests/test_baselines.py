@@ -8,11 +8,11 @@ import torch
 
 from mint.case import Case
 from mint.errors import MintError
-from mint.lm import Encoded
-from mint.loading import cache_dir
+from mint.model.lm import Encoded
+from mint.model.loading import cache_dir
 from mint.patch import Patch, applied, identity, make_edit, read_neuron
-from mint.solver import finetune, lora, matrices, mint_paper, random_controls, rank_one, star
-from mint.solver.common import Problem, Settings, Solution, TensorChange, changed, margins, put_in, take_out
+from mint.solver.baselines import finetune, lora, matrices, mint_paper, random_controls, rank_one, star
+from mint.solver.problem import Problem, Settings, Solution, TensorChange, changed, margins, put_in, take_out
 from tests.conftest import FAMILIES, same_bits, tiny_lm, weights_of
 
 SOLVERS = {m.NAME: m.solve for m in (mint_paper, star, finetune, lora, rank_one)}
@@ -288,7 +288,7 @@ def test_candidate_scores_equal_those_of_really_edited_weights(family):
 
 
 def test_candidates_are_the_largest_gradient_times_activation(lm):
-    from mint.neurons import override, record
+    from mint.model.hooks import override, record
 
     prefix, target = lm.encode_prompt("def add(a, b):"), 40
     found = mint_paper.locate(lm, prefix, target, [1, 2])
@@ -434,7 +434,7 @@ def test_rank_one_works_without_reference_text(lm, monkeypatch):
 
 
 def test_rank_one_measures_the_second_moment_of_neurons(lm):
-    from mint.neurons import record
+    from mint.model.hooks import record
 
     found = rank_one._second_moment(lm, 1, ["abc\n", "defghi\n"])
     seen = []
@@ -460,9 +460,9 @@ def solver_at(monkeypatch):
         asked.append(neurons)
         return Solution("mint", None, "nothing", details={"tried": 1})
 
-    module = types.ModuleType("mint.solver.minimal")
+    module = types.ModuleType("mint.solver.solve")
     module.solve_at = solve_at
-    monkeypatch.setitem(sys.modules, "mint.solver.minimal", module)
+    monkeypatch.setitem(sys.modules, "mint.solver.solve", module)
     return asked
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mint import checkpoint as C
 from mint import patch as P
 from mint.errors import ModelError, PatchError
-from mint.loading import load_lm
+from mint.model.loading import load_lm
+from mint.patch import checkpoint as C
 from tests.conftest import byte_tokenizer, same_bits, tiny_lm, tiny_model, weights_of
 from tests.test_patch import random_patch
 
@@ -244,7 +244,7 @@ def test_a_real_write_limit_leaves_every_file(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
-    code = f"from mint import checkpoint, patch; checkpoint.apply({str(model)!r}, patch.load({str(patch_file)!r}))"
+    code = f"from mint import patch; from mint.patch import checkpoint; checkpoint.apply({str(model)!r}, patch.load({str(patch_file)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limit, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )  # fmt: skip

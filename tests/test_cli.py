@@ -16,7 +16,7 @@ import torch
 
 from mint import patch as P
 from mint.cli import main
-from mint.loading import load_lm
+from mint.model.loading import load_lm
 from tests.conftest import byte_tokenizer, tiny_lm
 from tests.test_checkpoint import hashes
 from tests.test_patch import crafted, random_patch
@@ -39,10 +39,10 @@ def fault(broken, monkeypatch, tmp_path):
     """The planted fault, with its solver in place and the working directory empty."""
     folder, case, undo = broken
     solver = undoing(undo)
-    monkeypatch.setattr("mint.pipeline.solver_named", lambda name: solver)
-    monkeypatch.setattr("mint.pipeline.default_attribution", lambda wishes: None)
-    monkeypatch.setattr("mint.pipeline.default_verdict", lambda: None)
-    monkeypatch.setattr("mint.pipeline.default_preparation", lambda wishes, say: None)
+    monkeypatch.setattr("mint.session.solver_named", lambda name: solver)
+    monkeypatch.setattr("mint.session.default_attribution", lambda wishes: None)
+    monkeypatch.setattr("mint.session.default_verdict", lambda: None)
+    monkeypatch.setattr("mint.session.default_preparation", lambda wishes, say: None)
     monkeypatch.chdir(tmp_path)
     return folder, case
 
@@ -126,7 +126,7 @@ def test_people_get_tables_on_stderr_and_the_path_on_stdout(fault, capsys):
 def test_a_target_already_written_is_success_without_a_patch(broken, capsys, tmp_path, monkeypatch):
     folder, _, _ = broken
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mint.pipeline.solver_named", lambda name: None)
+    monkeypatch.setattr("mint.session.solver_named", lambda name: None)
     lm = load_lm(str(folder))
     ids, target = next((p, t) for p, t in written(lm, 3).items() if t)
     asked = ["-p", lm.decode(ids), "-t", target, "--stop", "none", "--json"]
@@ -139,11 +139,11 @@ def test_a_target_already_written_is_success_without_a_patch(broken, capsys, tmp
 
 
 def test_no_acceptable_repair_is_exit_3_and_no_file(fault, capsys, monkeypatch):
-    from mint.solver.common import Solution
+    from mint.solver.problem import Solution
 
     folder, case = fault
     monkeypatch.setattr(
-        "mint.pipeline.solver_named", lambda n: lambda *_: Solution("x", None, reason="too hard")
+        "mint.session.solver_named", lambda n: lambda *_: Solution("x", None, reason="too hard")
     )
     code, out, err = run(capsys, *repair_args(folder, case, "--json", "--out", "fix.safetensors"))
     result = json.loads(out)
@@ -555,11 +555,11 @@ def child(code, **options):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_signal_ends_the_process_in_one_line(broken, tmp_path, number):
     process = child(
-        "import sys, time, mint.loading\n"
+        "import sys, time, mint.model.loading\n"
         "def slow(*a, **k):\n"
         "    print('loading', flush=True)\n"
         "    time.sleep(600)\n"
-        "mint.loading.load_lm = slow\n"
+        "mint.model.loading.load_lm = slow\n"
         "from mint.cli import main\n"
         f"sys.exit(main(['generate', '-m', {str(broken[0])!r}, '-p', 'x']))\n"
     )
@@ -570,8 +570,8 @@ def test_a_signal_ends_the_process_in_one_line(broken, tmp_path, number):
 
 
 @pytest.mark.parametrize("moment", [
-    "mint.loading.find_layout", "mint.pipeline.specificity.baseline", "mint.pipeline.verify",
-    "mint.pipeline.specificity.compare", "mint.patch.to_bytes", "mint.patch.os.fsync", "mint.patch.os.replace",
+    "mint.model.loading.find_layout", "mint.session.specificity.baseline", "mint.session.verify",
+    "mint.session.specificity.compare", "mint.patch.file.to_bytes", "mint.files.os.fsync", "mint.files.os.replace",
 ])  # fmt: skip
 def test_ctrl_c_in_a_repair_leaves_nothing(fault, capsys, monkeypatch, moment):
     """A real signal at each step."""

@@ -12,7 +12,7 @@ from mint.evaluation.drift import Drift
 from mint.evaluation.ledger import read_rows
 from mint.evaluation.measuring import Options
 from mint.patch import Patch, identity, make_edit
-from mint.solver.common import Settings, Solution
+from mint.solver.problem import Settings, Solution
 from tests.conftest import same_bits, tiny_lm, weights_of
 from tests.fakes import REGISTRY, column
 

@@ -20,7 +20,7 @@ from mint.evaluation.measuring import Options, Skipped
 from mint.evaluation.run import evaluate
 from mint.evaluation.summary import without_time
 from mint.patch import applied, load
-from mint.solver.common import Settings
+from mint.solver.problem import Settings
 from tests.conftest import same_bits, tiny_lm, weights_of
 from tests.fakes import REGISTRY
 
@@ -436,7 +436,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 from tests.test_evaluate import ARGUMENTS, BARE, QUICK
 from mint.evaluation.run import evaluate
-from mint.loading import load_lm
+from mint.model.loading import load_lm
 lm = load_lm(sys.argv[2]) if len(sys.argv) > 2 else __import__("tests.conftest").conftest.tiny_lm("llama")
 lm.name = "tiny"
 arguments = ARGUMENTS | QUICK | {"solvers": ("column", "useless")}

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from mint import patch as P
 from mint.errors import PatchError
-from mint.export import _block, describe, low_rank_changes, to_gguf_lora, to_peft
+from mint.patch.export import _block, describe, low_rank_changes, to_gguf_lora, to_peft
 from tests.conftest import FAMILIES, tiny_lm
 
 IDS = [5, 40, 77, 12, 200, 9]

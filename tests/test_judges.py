@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from mint.errors import CaseError, MintError
-from mint.evaluation import judges, sandbox
-from mint.evaluation.judges import judge, judge_ia32, load_tests, load_tests_beside
-from mint.evaluation.sandbox import run_python
+from mint.measure import judges, sandbox
+from mint.measure.judges import judge, judge_ia32, load_tests, load_tests_beside
+from mint.measure.sandbox import run_python
 
 TOOLS = [
     pytest.param("nasm", marks=pytest.mark.skipif(not shutil.which("nasm"), reason="nasm is not installed")),

@@ -6,8 +6,9 @@ import transformers as T
 from transformers import AutoModelForCausalLM
 
 from mint.errors import LayoutError
-from mint.layout import find_layout
-from mint.neurons import override, record, record_block_inputs, record_states, suffix_logits
+from mint.model.hooks import override, record, record_block_inputs
+from mint.model.layout import find_layout
+from mint.model.suffix import record_states, suffix_logits
 from mint.patch import Patch, applied, identity, make_edit
 from tests.conftest import FAMILIES, tiny_lm
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mint.case import Case
 from mint.errors import CaseError, ModelError
-from mint.lm import LM, Encoded, Template
-from mint.solver.common import margins
+from mint.model.lm import LM, Encoded, Template
+from mint.solver.problem import margins
 from tests.conftest import byte_tokenizer, tiny_lm, tiny_model
 
 NEWLINE = byte_tokenizer()("\n").input_ids[0]
@@ -216,7 +216,7 @@ def test_fingerprints_tell_models_apart_and_ignore_repairs(lm):
 
 def test_the_model_is_frozen_and_in_eval_mode():
     model = tiny_model("llama").train()
-    from mint.layout import find_layout
+    from mint.model.layout import find_layout
 
     lm = LM(model, byte_tokenizer(), find_layout(model), "x")
     assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers as T
 
-from mint import loading
 from mint.errors import LayoutError, ModelError
-from mint.loading import BUILTIN, builtin_path, cache_dir, load_lm
+from mint.model import loading
+from mint.model.loading import BUILTIN, builtin_path, cache_dir, load_lm
 from tests.conftest import byte_tokenizer, same_bits, tiny_lm, tiny_model, weights_of
 
 

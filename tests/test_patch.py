@@ -11,6 +11,7 @@ from safetensors.torch import save as save_tensors
 
 from mint import patch as P
 from mint.errors import PatchError
+from mint.patch import edit
 from tests.conftest import FAMILIES, same_bits, tiny_lm, weights_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +63,7 @@ def test_an_exception_inside_leaves_no_edit(lm):
 
 
 def test_a_failure_half_way_takes_everything_back(lm, monkeypatch):
-    clean, patch, real, calls = weights_of(lm), random_patch(lm), P._view, []
+    clean, patch, real, calls = weights_of(lm), random_patch(lm), edit._view, []
 
     def failing(model, where):
         calls.append(where)
@@ -71,7 +72,7 @@ def test_a_failure_half_way_takes_everything_back(lm, monkeypatch):
         return real(model, where)
 
     failing.at = 0
-    monkeypatch.setattr(P, "_view", failing)
+    monkeypatch.setattr(edit, "_view", failing)
     P.apply(lm, patch)
     total = len(calls)
     P.revert(lm, patch)
@@ -254,7 +255,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, lm, monkeypatch):
 
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"mine")
-    monkeypatch.setattr("mint.patch.os.fsync", full)
+    monkeypatch.setattr("mint.files.os.fsync", full)
     with pytest.raises(PatchError, match="No space left on device"):
         P.save(random_patch(lm), path, force=True)
     assert path.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [path]

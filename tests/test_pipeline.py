@@ -14,9 +14,10 @@ import torch
 from mint import patch as P
 from mint.case import Case, Keep
 from mint.errors import CaseError, MintError
-from mint.evaluation.specificity import Specificity
-from mint.pipeline import Wishes, check_contradictions, outcome_as_dict, repair
-from mint.solver.common import Settings, Solution, TensorChange, changed, margins
+from mint.measure.specificity import Specificity
+from mint.patch import edit
+from mint.session import Wishes, check_contradictions, outcome_as_dict, repair
+from mint.solver.problem import Settings, Solution, TensorChange, changed, margins
 from tests.conftest import same_bits, tiny_lm, weights_of
 
 WISHES = Wishes(stop="none")
@@ -66,7 +67,7 @@ def undoing(patches):
     """A solver that tries each patch, then all of them together."""
 
     def solve(lm, problem, settings):
-        present = [p for p in patches if all(P._is_at(lm, e, "before") for e in p.edits)]
+        present = [p for p in patches if all(edit._is_at(lm, e, "before") for e in p.edits)]
         whole = [P.Patch(tuple(e for p in present for e in p.edits), P.identity(lm))] if present else []
         for patch in [*present, *whole]:
             with changed(lm, patch):
@@ -167,7 +168,7 @@ def test_an_exception_in_the_solver_leaves_the_model_as_it_was(fault, error):
     assert same_bits(clean, weights_of(lm))
 
 
-@pytest.mark.parametrize("where", ["mint.pipeline.verify", "mint.pipeline.specificity.compare"])
+@pytest.mark.parametrize("where", ["mint.session.verify", "mint.session.specificity.compare"])
 def test_an_interrupt_while_the_edit_is_in_takes_it_out(fault, monkeypatch, where):
     lm, case, undo = fault
     clean, solve = weights_of(lm), undoing(undo)
@@ -292,7 +293,7 @@ def test_a_repair_that_fails_in_another_dtype_is_refused(fault, monkeypatch):
         assert name == "bfloat16"
         return tiny_lm("llama", seed=9)
 
-    monkeypatch.setattr("mint.pipeline._in_dtype", other)
+    monkeypatch.setattr("mint.session._in_dtype", other)
     reason = refused(lm, case, undoing(undo), replace(WISHES, verify_dtypes=("bfloat16",)))
     assert "holds in float32, but in bfloat16" in reason
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mint.loading import BUILTIN, builtin_path
+from mint.model.loading import BUILTIN, builtin_path
 
 pytestmark = pytest.mark.real
 

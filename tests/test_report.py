@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mint.evaluation import charts, report, summary
-from mint.evaluation.report import diff, page, repair_page, visible, worst_effects
+from mint.evaluation import charts, summary
+from mint.evaluation import page as report
+from mint.evaluation.page import diff, page, repair_page, visible, worst_effects
 
 EVIL = (
     "</pre><script>alert('x')</script><img src=x onerror=alert(1)>&amp;\x00\x1b[31m\u202e\"'{{ 7777*9091 }}"

@@ -12,18 +12,18 @@ from scipy.optimize import minimize
 
 from mint.case import Case
 from mint.errors import MintError
-from mint.lm import Encoded
-from mint.neurons import record
+from mint.model.hooks import record
+from mint.model.lm import Encoded
 from mint.patch import Patch, applied, apply, make_edit
 from mint.reference import passages, reference_lines, statistics
-from mint.solver import minimal
+from mint.solver import solve as minimal
 from mint.solver import tail as tail_module
-from mint.solver.common import Problem, Settings, changed, margins
+from mint.solver.gate import STEEP, Background, Inputs, fit_rows
 from mint.solver.inputs import block_inputs, inputs_behind, inputs_of
+from mint.solver.paraphrase import rephrase, split_frame, strangers
+from mint.solver.problem import Problem, Settings, changed, margins
 from mint.solver.qp import smallest
-from mint.solver.rows import STEEP, Background, Inputs, fit_rows
 from mint.solver.tail import run_clean
-from mint.solver.variants import rephrase, split_frame, strangers
 from tests.conftest import FAMILIES, same_bits, tiny_lm, weights_of
 
 PROMPT = "# sort the list of names in place\n"

@@ -5,8 +5,8 @@ import torch
 
 from mint.case import Case
 from mint.errors import MintError
-from mint.evaluation import specificity
-from mint.evaluation.specificity import (
+from mint.measure import specificity
+from mint.measure.specificity import (
     Baseline,
     baseline,
     compare,

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from mint.case import Case, load_cases
 from mint.errors import CaseError
-from mint.evaluation.judges import JUDGE_OF_TASK, JUDGES, judge, load_tests
-from mint.evaluation.textmetrics import STOP_RULES, cut
+from mint.measure.judges import JUDGE_OF_TASK, JUDGES, judge, load_tests
+from mint.measure.textmetrics import STOP_RULES, cut
 from tasks import TASKS
 from tasks.__main__ import main
 from tasks.common import rows_of_hub

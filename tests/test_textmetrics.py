@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mint.errors import MintError
-from mint.evaluation import textmetrics as tm
+from mint.measure import textmetrics as tm
 
 
 @pytest.mark.parametrize(

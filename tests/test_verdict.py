@@ -10,7 +10,7 @@ from mint.attribution.faults import Fault
 from mint.attribution.verdict import _judge
 from mint.case import Case
 from mint.errors import CaseError, PatchError
-from mint.lm import Encoded
+from mint.model.lm import Encoded
 from mint.patch import NeuronEdit, Patch, apply, make_edit, read_neuron
 from tests.conftest import same_bits, tiny_lm, weights_of
 from tests.test_attribution import flat_statistics

@@ -2,7 +2,7 @@
 
 from mint.attribution.faults import Fault, find_faults, first_fault
 from mint.attribution.linear import LinearScores, linear_scores
-from mint.attribution.report import Attribution, attribute
+from mint.attribution.rank import Attribution, attribute
 from mint.attribution.verdict import Verdict, verdict
 
 __all__ = [

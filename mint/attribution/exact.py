@@ -17,16 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from mint.attribution.faults import Fault, differences
 from mint.errors import ModelError
-from mint.lm import LM
-from mint.neurons import (
-    _forward_replaced,
-    kept_cache,
-    kept_prefix,
-    override,
-    record,
-    record_states,
-    start_at,
-)
+from mint.model.hooks import override, record
+from mint.model.lm import LM
+from mint.model.suffix import forward_replaced, kept_cache, kept_prefix, record_states, start_at
 
 ROWS = 512
 """Most candidates that run together."""
@@ -74,7 +67,7 @@ def _two_logits(lm: LM, fault: Fault) -> Iterator[None]:
     def forward(hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), rows, offset)
 
-    with _forward_replaced(head, forward):
+    with forward_replaced(head, forward):
         yield
 
 

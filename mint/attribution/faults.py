@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mint.errors import CaseError
-from mint.lm import LM, Encoded
+from mint.model.lm import LM, Encoded
 
 
 @dataclass(frozen=True)

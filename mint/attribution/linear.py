@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mint.attribution.faults import Fault, differences
-from mint.lm import LM, Encoded
+from mint.model.lm import LM, Encoded
 
 _ROWS = 768
 """Most fault x token rows that one backward carries: bounds the memory of long prompts and many faults."""

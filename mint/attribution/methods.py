@@ -24,8 +24,8 @@ from mint.attribution.exact import Run, differentiable_rerun, reference_at
 from mint.attribution.faults import differences
 from mint.attribution.linear import linear_scores
 from mint.errors import MintError
-from mint.layout import Block, Rows
-from mint.lm import LM
+from mint.model.layout import Block, Rows
+from mint.model.lm import LM
 
 STEPS = 5
 """Points of the path of `ig` (midpoint rule)."""

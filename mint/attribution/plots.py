@@ -11,10 +11,10 @@ import torch
 from matplotlib.figure import Figure
 
 from mint.attribution.exact import block_effects
-from mint.attribution.report import Attribution
+from mint.attribution.rank import Attribution
 from mint.errors import MintError
-from mint.lm import LM
-from mint.patch import write_file
+from mint.files import write_file
+from mint.model.lm import LM
 
 POSITIONS = 48
 """Most positions of the heat map: the last ones before the fault."""

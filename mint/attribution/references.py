@@ -16,9 +16,9 @@ from torch import Tensor
 from mint.attribution.exact import Run, record_run
 from mint.attribution.faults import Fault
 from mint.errors import CaseError, MintError
-from mint.lm import LM
-from mint.loading import cache_dir
-from mint.neurons import record
+from mint.model.hooks import record
+from mint.model.lm import LM
+from mint.model.loading import cache_dir
 from mint.reference import Statistics, passages, reference_texts, store_tensors
 
 NAMES = ("mean", "zero", "resample", "counterfactual")

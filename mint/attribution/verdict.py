@@ -19,8 +19,9 @@ from mint.attribution.methods import direct_gradient
 from mint.attribution.references import draws, quiet
 from mint.case import Case
 from mint.errors import CaseError
-from mint.lm import LM, Encoded
-from mint.neurons import override, record, record_states, start_at
+from mint.model.hooks import override, record
+from mint.model.lm import LM, Encoded
+from mint.model.suffix import record_states, start_at
 from mint.patch import NeuronEdit, Patch, applied, read_neuron
 from mint.reference import Statistics, statistics
 

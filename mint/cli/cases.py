@@ -45,7 +45,7 @@ def from_diff(
     o.check_free(out, force)
     found, refused = fromdiff.from_log(log, minimal=minimal)
     clashes = fromdiff.contradictions(found)
-    from mint.patch import write_file
+    from mint.files import write_file
 
     write_file(out, dump_cases(found), force=force)
     if as_json:

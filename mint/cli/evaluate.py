@@ -103,9 +103,10 @@ def evaluate(
         raise typer.BadParameter(f"unknown --where '{where}'; known are auto, responsible, idle")
     with console.working(show=False) as say:
         from mint.case import load_cases
-        from mint.evaluation import judges, measuring, parallel, run
+        from mint.evaluation import measuring, parallel, run
         from mint.evaluation.drift import Drift
-        from mint.solver.common import Settings
+        from mint.measure import judges
+        from mint.solver.problem import Settings
 
         wanted, skipped = measuring.read_cases(cases)
         skipped = [*skipped, *measuring.read_skipped(cases.with_name(f"{cases.stem}.skipped.jsonl"))]
@@ -161,7 +162,7 @@ def evaluate(
 def _with_programs(drift, path: Path, tokens: int):
     """The settings of a sequence with the programs of a file; each needs its tests."""
     from mint.case import load_cases
-    from mint.evaluation import judges
+    from mint.measure import judges
 
     programs, tests = tuple(load_cases(path)), judges.load_tests_beside(path) or {}
     missing = next((c.id for c in programs if c.id not in tests), None)

@@ -155,8 +155,8 @@ def show(
       mint show fix.safetensors
       mint show fix.safetensors --json
     """
-    from mint import checkpoint
     from mint import patch as patches
+    from mint.patch import checkpoint
 
     loaded = patches.load(patch)
     result = {

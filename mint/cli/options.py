@@ -10,7 +10,7 @@ from mint.console import Say
 from mint.errors import CaseError, MintError
 
 if TYPE_CHECKING:
-    from mint.lm import LM
+    from mint.model.lm import LM
     from mint.patch import Patch
 
 Model = Annotated[
@@ -62,8 +62,8 @@ def load(
     # Patches are read first: a bad file is told at once, not after loading a model.
     read = tuple(load_patch(path) for path in patches or [])
     say("importing")
-    from mint.lm import Template
-    from mint.loading import load_lm
+    from mint.model.lm import Template
+    from mint.model.loading import load_lm
 
     lm = load_lm(
         model,

@@ -21,8 +21,8 @@ def _on_disk(
         raise typer.BadParameter("give one of --out DIR and --in-place")
     with console.working() as say:
         say("importing")
-        from mint import checkpoint
         from mint import patch as patches
+        from mint.patch import checkpoint
 
         loaded = patches.load(patch)
         where = getattr(checkpoint, verb)(model, loaded, out=out, force=force, say=say)
@@ -144,8 +144,8 @@ def export(
         raise typer.BadParameter(f"unknown format '{to}'; known are {', '.join(formats)}")
     with console.working() as say:
         say("importing")
-        from mint import export as exports
         from mint import patch as patches
+        from mint.patch import export as exports
 
         loaded, layout = patches.load(patch), None
         if model is not None:

@@ -111,8 +111,9 @@ def repair(
     with console.working() as say:
         say("importing")
         from mint import patch as patches
-        from mint import pipeline
-        from mint.solver.common import Settings
+        from mint import session as pipeline
+        from mint.files import write_file
+        from mint.solver.problem import Settings
 
         wishes = pipeline.Wishes(
             settings=Settings(
@@ -149,7 +150,7 @@ def repair(
         if outcome.patch is not None and (outcome.success or partial):
             written = patches.save(outcome.patch, out or _free_name(), force=force)
         if report is not None and page is not None:
-            patches.write_file(report, page, force=force)
+            write_file(report, page, force=force)
     result = pipeline.outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:
         console.print_json(result)

@@ -8,9 +8,9 @@ measuring.
 import importlib.util
 from collections.abc import Callable
 
-from mint.lm import LM
+from mint.model.lm import LM
 from mint.patch import Patch
-from mint.solver.common import Problem, Settings, Solution
+from mint.solver.problem import Problem, Settings, Solution
 
 NO_EDIT = "no-edit"
 RANDOM_NEURON = "random-neuron"
@@ -26,14 +26,14 @@ def no_edit(lm: LM, problem: Problem, patch: Patch | None, settings: Settings) -
 
 def random_neuron(lm: LM, problem: Problem, patch: Patch | None, settings: Settings) -> Solution:
     """The main solver's own repair, on as many other neurons of the same layers, drawn at random."""
-    from mint.solver.random_controls import same_edit
+    from mint.solver.baselines.random_controls import same_edit
 
     return _nothing(RANDOM_NEURON) if patch is None else same_edit(lm, problem, patch, settings)
 
 
 def random_direction(lm: LM, problem: Problem, patch: Patch | None, settings: Settings) -> Solution:
     """The solver's patch with what its neurons write turned to a random direction of the same norm."""
-    from mint.solver import random_controls
+    from mint.solver.baselines import random_controls
 
     if patch is None:
         return _nothing(RANDOM_DIRECTION)
@@ -47,6 +47,6 @@ def _nothing(name: str) -> Solution:
 def installed() -> dict[str, Control]:
     """All controls by name; `random-neuron` only where the main solver is there to make its edit elsewhere."""
     found: dict[str, Control] = {NO_EDIT: no_edit}
-    if importlib.util.find_spec("mint.solver.minimal") is not None:
+    if importlib.util.find_spec("mint.solver.solve") is not None:
         found[RANDOM_NEURON] = random_neuron
     return found | {RANDOM_DIRECTION: random_direction}

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from mint.case import Case
 from mint.errors import MintError, PatchError
-from mint.evaluation import efficacy, measuring, specificity
+from mint.evaluation import measuring
 from mint.evaluation.ledger import Ledger
 from mint.evaluation.measuring import Yardstick
 from mint.evaluation.progress import progress_bar
-from mint.evaluation.specificity import Baseline
-from mint.lm import LM, Encoded
+from mint.measure import efficacy, specificity
+from mint.measure.specificity import Baseline
+from mint.model.lm import LM, Encoded
 from mint.patch import Patch, compose, load, save
-from mint.solver.common import Change, Problem, Settings, Solver, put_in, take_out
+from mint.solver.problem import Change, Problem, Settings, Solver, put_in, take_out
 
 _FORMAT = 1
 
@@ -335,7 +336,7 @@ def pass_at_1(
 
     The text is cut where the function's block ends. Raises `MintError` where a case has no tests.
     """
-    from mint.evaluation import judges, textmetrics
+    from mint.measure import judges, textmetrics
 
     missing = next((c.id for c in cases if c.id not in tests), None)
     if missing is not None:

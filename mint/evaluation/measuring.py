@@ -16,14 +16,14 @@ import torch
 
 from mint.case import Case, case_from_dict, case_to_dict, read_jsonl
 from mint.errors import CaseError, MintError
-from mint.evaluation import efficacy, generalization, specificity
-from mint.evaluation.efficacy import Forced, Kept
-from mint.evaluation.generalization import Rephrasings
-from mint.evaluation.specificity import Baseline
-from mint.lm import LM, Encoded
+from mint.measure import efficacy, generalization, specificity
+from mint.measure.efficacy import Forced, Kept
+from mint.measure.generalization import Rephrasings
+from mint.measure.specificity import Baseline
+from mint.model.lm import LM, Encoded
 from mint.patch import Patch
 from mint.reference import passages
-from mint.solver.common import Change, Problem, Solution, changed
+from mint.solver.problem import Change, Problem, Solution, changed
 
 
 @dataclass(frozen=True)

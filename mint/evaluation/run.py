@@ -16,15 +16,17 @@ from mint.case import Case
 from mint.errors import MintError
 from mint.evaluation import controls as controls_module
 from mint.evaluation import drift as drift_module
-from mint.evaluation import measuring, parallel, report, summary
+from mint.evaluation import measuring, parallel, summary
+from mint.evaluation import page as report
 from mint.evaluation.controls import NO_EDIT, Control
 from mint.evaluation.drift import Drift
 from mint.evaluation.ledger import Ledger
 from mint.evaluation.measuring import Clean, Options, Skipped, Yardstick
 from mint.evaluation.progress import progress_bar
-from mint.lm import LM
-from mint.patch import Patch, identity, save, versions, write_file
-from mint.solver.common import Settings, Solution, Solver
+from mint.files import write_file
+from mint.model.lm import LM
+from mint.patch import Patch, identity, save, versions
+from mint.solver.problem import Settings, Solution, Solver
 
 _FORMAT = 1
 """Part of every key: raised when a row's meaning changes, so that old rows are not taken for new ones."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from mint.evaluation import textmetrics
+from mint.measure import textmetrics
 
 DOMAINS = ("same_task", "other_tasks", "ordinary_code")
 _EFFECTS = (

@@ -1,7 +1,8 @@
 """Solvers by name: the minimal-edit solver and the baselines beside it."""
 
-from mint.solver import finetune, lora, minimal, mint_paper, random_controls, rank_one, star
-from mint.solver.common import Solver
+from mint.solver import solve as minimal
+from mint.solver.baselines import finetune, lora, mint_paper, random_controls, rank_one, star
+from mint.solver.problem import Solver
 
 SOLVERS: dict[str, Solver] = {
     "mint": minimal.solve,

@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mint.lm import LM
-from mint.neurons import record_block_inputs
+from mint.model.hooks import record_block_inputs
+from mint.model.lm import LM
 
 _BATCH = 16
 _SEEN: "WeakKeyDictionary[nn.Module, dict[tuple, Tensor]]" = WeakKeyDictionary()

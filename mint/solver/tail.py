@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mint.lm import LM, Encoded
-from mint.neurons import kept_cache, kept_prefix, record_block_inputs, record_states, start_at
+from mint.model.hooks import record_block_inputs
+from mint.model.lm import LM, Encoded
+from mint.model.suffix import kept_cache, kept_prefix, record_states, start_at
 
 _GROUP = 12
 """Positions whose gradients are taken together."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mint.errors import MintError
-from mint.lm import LM, Encoded
-from mint.neurons import record_states, start_at
+from mint.model.lm import LM, Encoded
+from mint.model.suffix import record_states, start_at
 from mint.reference import sample_layers
 
 Measured = tuple[Sequence[int], Sequence[int], Sequence[int] | None]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mint.errors import MintError
-from mint.lm import LM, Encoded
-from mint.solver.common import Settings, Solution, TensorChange
+from mint.model.lm import LM, Encoded
+from mint.solver.problem import Settings, Solution, TensorChange
 
 ALREADY_RIGHT = "the model already writes the target with the wanted margin; nothing was changed"
 

@@ -18,9 +18,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mint.errors import PatchError
-from mint.layout import Block, Rows
-from mint.lm import LM
-from mint.patch import NeuronEdit, Patch, write_file
+from mint.files import write_file
+from mint.model.layout import Block, Rows
+from mint.model.lm import LM
+from mint.patch import NeuronEdit, Patch
 
 FORMATS = ("peft", "gguf-lora")
 _MAX_LAYERS = 10_000

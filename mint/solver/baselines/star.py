@@ -21,10 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mint.lm import LM
-from mint.neurons import record
-from mint.solver.common import Problem, Settings, Solution, margins
-from mint.solver.matrices import (
+from mint.model.hooks import record
+from mint.model.lm import LM
+from mint.solver.baselines.matrices import (
     ALREADY_RIGHT,
     Trace,
     changed_matrices,
@@ -36,7 +35,8 @@ from mint.solver.matrices import (
     traced,
     wanted_margin,
 )
-from mint.solver.mint_paper import UNFIT, fits, semantic_rows
+from mint.solver.baselines.mint_paper import UNFIT, fits, semantic_rows
+from mint.solver.problem import Problem, Settings, Solution, margins
 
 NAME = "star"
 RATE = 1e-2

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mint.errors import MintError
-from mint.lm import LM, Encoded
-from mint.loading import cache_dir
-from mint.neurons import States, record, record_states, suffix_logits
+from mint.model.hooks import record
+from mint.model.lm import LM, Encoded
+from mint.model.loading import cache_dir
+from mint.model.suffix import States, record_states, suffix_logits
 from mint.reference import passages, reference_key, reference_texts, store_tensors
-from mint.solver.common import Problem, Settings, Solution, margins, margins_of
-from mint.solver.matrices import (
+from mint.solver.baselines.matrices import (
     ALREADY_RIGHT,
     changed_matrices,
     chosen_layers,
@@ -40,6 +40,7 @@ from mint.solver.matrices import (
     restored,
     wanted_margin,
 )
+from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
 
 NAME = "rank-one"
 DEPTH = 0.6

@@ -11,9 +11,8 @@ import time
 
 import torch
 
-from mint.lm import LM
-from mint.solver.common import Problem, Settings, Solution, margins, margins_of
-from mint.solver.matrices import (
+from mint.model.lm import LM
+from mint.solver.baselines.matrices import (
     ALREADY_RIGHT,
     changed_matrices,
     chosen_layers,
@@ -24,6 +23,7 @@ from mint.solver.matrices import (
     traced,
     wanted_margin,
 )
+from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
 
 NAME = "finetune"
 RATE = 1e-2

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from mint.lm import LM
+from mint.model.lm import LM
 from mint.patch import NeuronEdit, Patch
-from mint.solver.common import Problem, Settings, Solution
-from mint.solver.matrices import chosen_layers
+from mint.solver.baselines.matrices import chosen_layers
+from mint.solver.problem import Problem, Settings, Solution
 
 NAME = "random"
 
@@ -58,7 +58,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
 
 
 def _solve_at(lm: LM, problem: Problem, settings: Settings, neurons: list[tuple[int, int]]) -> Solution:
-    from mint.solver.minimal import solve_at
+    from mint.solver.solve import solve_at
 
     started = time.perf_counter()
     found = solve_at(lm, problem, settings, neurons=neurons)

@@ -28,7 +28,7 @@ from mint.attribution.linear import LinearScores, linear_scores
 from mint.attribution.references import Reference, draws, make_reference, quiet
 from mint.case import Case
 from mint.errors import CaseError, MintError
-from mint.lm import LM, Encoded
+from mint.model.lm import LM, Encoded
 from mint.reference import Statistics, statistics
 
 DAMAGE_KL = 1.0

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -16,20 +15,18 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mint.errors import MintError, PatchError
-from mint.lm import LM
-from mint.loading import cache_dir
-from mint.neurons import record, record_block_inputs
-from mint.patch import write_file
+from mint.errors import PatchError
+from mint.files import write_file
+from mint.model.hooks import record, record_block_inputs
+from mint.model.lm import LM
+from mint.model.loading import cache_dir
+from mint.reference.texts import WINDOW, passages, reference_lines, reference_texts
 
 _VERSION = 5
-WINDOW = 192
-"""Tokens of one reference passage; longer texts are cut into passages."""
 SAMPLE_DEPTHS = (0.8, 0.9, 0.67, 0.5)
 """Layers, as shares of all, whose single inputs are kept too: where the solver edits, in the order it tries them."""
 SAMPLE_TOKENS = 8192
 """Most single inputs kept a layer, evenly spaced over the passages; all those of the single lines come on top."""
-_COMMENTS = ("# ", "; ")
 
 
 @dataclass(frozen=True)
@@ -58,58 +55,6 @@ def sample_layers(lm: LM) -> list[int]:
 
 
 _MEMO: "WeakKeyDictionary[nn.Module, dict[tuple, Statistics]]" = WeakKeyDictionary()
-
-
-def reference_texts(extra: Sequence[str | Path] = ()) -> list[str]:
-    """The passages that ship, in a fixed order, and the user's own files after them.
-
-    A file is cut into passages at lines that hold only `---`. Raises `MintError` for a file that cannot be read.
-    """
-    folder = resources.files("mint") / "data" / "reference"
-    texts = [
-        f.read_text(encoding="utf-8") for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.is_file()
-    ]
-    for path in extra:
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise MintError(
-                f"{path}: cannot be read as reference text ({error}); give a UTF-8 text file"
-            ) from None
-    passages = [p.strip("\n") + "\n" for text in texts for p in ("\n" + text + "\n").split("\n---\n")]
-    return [p for p in passages if p.strip()]
-
-
-def reference_lines() -> list[str]:
-    """Each line of code that ships with a comment above it, both together, as a text of its own.
-
-    A model answers a short prompt otherwise than the same words within a passage.
-    """
-    folder = resources.files("mint") / "data" / "reference"
-    found = []
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith("_lines.txt"):
-            lines = file.read_text(encoding="utf-8").splitlines()
-            found += [
-                f"{comment}\n{code}\n"
-                for comment, code in zip(lines, lines[1:], strict=False)
-                if comment.startswith(_COMMENTS) and code and not code.startswith((*_COMMENTS, "---"))
-            ]
-    return found
-
-
-def passages(lm: LM, texts: Sequence[str]) -> list[list[int]]:
-    """Texts as ids, cut into windows of at most `WINDOW` tokens."""
-    template, lm.template = lm.template, None
-    try:
-        window = min(WINDOW, lm.context - 1)
-        out = []
-        for text in texts:
-            ids = lm.tokenizer(text, add_special_tokens=True).input_ids
-            out += [ids[i : i + window] for i in range(0, len(ids), window)]
-    finally:
-        lm.template = template
-    return [p for p in out if len(p) > 1]
 
 
 def statistics(

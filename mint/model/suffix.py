@@ -1,7 +1,6 @@
-"""Look at and override neuron activations, and restart a forward from a later layer. Hooks always come off.
+"""Restart a forward from a later layer, behind a kept prefix: what lies below an edit never changes.
 
-A neuron's activation is the input of its block's last linear map: one tensor [batch, tokens, d_ff] a layer, after
-the nonlinearity and, in gated blocks, after the product. This module knows nothing about faults or metrics.
+One implementation for the solver, exact patching, side effects and the verdict. Knows nothing about faults or edits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,68 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from mint.errors import ModelError
-from mint.lm import LM
-
-
-@contextmanager
-def record(lm: LM, layers: Sequence[int] | None = None) -> Iterator[dict[int, Tensor]]:
-    """Within: forwards fill the yielded dict with activations, layer -> [batch, tokens, d_ff] (the last forward's)."""
-    with _record_inputs(lm, layers, lambda block: block.out) as seen:
-        yield seen
-
-
-@contextmanager
-def record_block_inputs(lm: LM, layers: Sequence[int] | None = None) -> Iterator[dict[int, Tensor]]:
-    """Within: forwards fill the yielded dict with what the input rows see, layer -> [batch, tokens, d_model]."""
-    with _record_inputs(lm, layers, lambda block: block.gate.module) as seen:
-        yield seen
-
-
-@contextmanager
-def _batch_size(lm: LM) -> Iterator[list[int]]:
-    """Within: the yielded list holds the batch size of the forward under way (some models flatten it in the block)."""
-    size = [1]
-
-    def hook(_module, args, kwargs):
-        size[0] = (args[0] if args else kwargs["input_ids"]).shape[0]
-
-    handle = lm.model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield size
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _record_inputs(lm: LM, layers: Sequence[int] | None, name: Callable) -> Iterator[dict[int, Tensor]]:
-    seen: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        batch = stack.enter_context(_batch_size(lm))
-        for layer in range(lm.n_layers) if layers is None else layers:
-
-            def hook(_module, args, layer=layer):
-                seen[layer] = args[0].view(batch[0], -1, args[0].shape[-1])
-
-            handle = lm.module(name(lm.block(layer))).register_forward_pre_hook(hook)
-            stack.callback(handle.remove)
-        yield seen
-
-
-@contextmanager
-def override(lm: LM, changes: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Within: each layer's activations [batch, tokens, d_ff] are replaced by what its function returns."""
-    with ExitStack() as stack:
-        batch = stack.enter_context(_batch_size(lm))
-        for layer, function in changes.items():
-
-            def hook(_module, args, function=function):
-                given = args[0]
-                changed = function(given.view(batch[0], -1, given.shape[-1]))
-                return (changed.view(given.shape), *args[1:])
-
-            handle = lm.module(lm.block(layer).out).register_forward_pre_hook(hook)
-            stack.callback(handle.remove)
-        yield
+from mint.model.lm import LM
 
 
 @dataclass(frozen=True)
@@ -127,14 +65,14 @@ def start_at(lm: LM, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[Non
 
     with ExitStack() as stack:
         for index in range(layer):
-            stack.enter_context(_forward_replaced(lm.layer(index), skip))
+            stack.enter_context(forward_replaced(lm.layer(index), skip))
         if layer == 0:
             stack.callback(lm.layer(0).register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     # An instance attribute shadows the class's forward; accelerate may have put one there already.
     previous = module.__dict__.get("forward")
     module.forward = forward
@@ -159,7 +97,7 @@ def suffix_logits(
         return lm.model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-class _KeptLayer(DynamicLayer):
+class KeptLayer(DynamicLayer):
     """Keys and values of one layer's prefix, batch 1, lent to any number of rows; new ones are not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor):
@@ -189,5 +127,5 @@ def kept_prefix(lm: LM, cache: DynamicCache, length: int) -> list[tuple[Tensor, 
 def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     """A cache that lends the prefix to any number of rows and keeps nothing new."""
     cache = DynamicCache()
-    cache.layers = [_KeptLayer(keys, values) for keys, values in prefix]
+    cache.layers = [KeptLayer(keys, values) for keys, values in prefix]
     return cache

@@ -1,6 +1,6 @@
 """Code judges: is a text valid in its language, and is it the same program as the reference?
 
-Nothing is executed except by the judge `python_tests`, which runs in `mint.evaluation.sandbox`. Judges know
+Nothing is executed except by the judge `python_tests`, which runs in `mint.measure.sandbox`. Judges know
 nothing about models or cases; `JUDGES` below is the whole list.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mint.case import read_jsonl
 from mint.errors import CaseError, MintError
-from mint.evaluation.sandbox import run_python
+from mint.measure.sandbox import run_python
 
 
 @dataclass(frozen=True)

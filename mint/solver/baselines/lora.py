@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mint.errors import MintError
-from mint.lm import LM
-from mint.solver.common import Problem, Settings, Solution, margins, margins_of
-from mint.solver.matrices import (
+from mint.model.lm import LM
+from mint.solver.baselines.matrices import (
     ALREADY_RIGHT,
     changed_matrices,
     chosen_layers,
@@ -29,6 +28,7 @@ from mint.solver.matrices import (
     restored,
     wanted_margin,
 )
+from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
 
 NAME = "lora"
 RANK = 8

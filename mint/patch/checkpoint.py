@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mint.errors import PatchError
-from mint.lm import LM
-from mint.loading import load_lm
+from mint.model.lm import LM
+from mint.model.loading import load_lm
 from mint.patch import Patch, check, to_bytes
 from mint.patch import apply as apply_in_memory
 from mint.patch import revert as revert_in_memory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mint.case import Case
-from mint.lm import LM, Encoded
+from mint.model.lm import LM, Encoded
 from mint.patch import Patch
 from mint.patch import apply as apply_patch
 from mint.patch import revert as revert_patch

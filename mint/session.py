@@ -18,14 +18,14 @@ import torch
 
 from mint.case import Case, Keep, case_from_dict, case_to_dict
 from mint.errors import CaseError, MintError
-from mint.evaluation import specificity
-from mint.evaluation.specificity import Specificity
-from mint.export import describe
-from mint.lm import LM, Encoded
-from mint.loading import DTYPES
+from mint.measure import specificity
+from mint.measure.specificity import Specificity
+from mint.model.lm import LM, Encoded
+from mint.model.loading import DTYPES
 from mint.patch import Patch, compose, versions
+from mint.patch.export import describe
 from mint.reference import passages, reference_texts, statistics
-from mint.solver.common import Problem, Settings, Solution, Solver, changed, margins
+from mint.solver.problem import Problem, Settings, Solution, Solver, changed, margins
 
 KEEP_TOKENS = 32
 """Most tokens of a model's own output that a `keep` prompt without a target protects."""
@@ -468,7 +468,7 @@ def default_attribution(wishes: Wishes, exact: int = 32) -> Attribute:
 
 def report_page(lm: LM, outcome: Outcome) -> str:
     """One HTML page about a repair. Raises `MintError` for several cases: `mint evaluate` writes their page."""
-    from mint.evaluation import report
+    from mint.evaluation import page as report
 
     if len(outcome.repairs) != 1:
         raise MintError("--report shows one case; use `mint evaluate --out DIR` for the page of many")

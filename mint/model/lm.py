@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mint.case import Case
 from mint.errors import CaseError, ModelError
-from mint.layout import Block, Layout
+from mint.model.layout import Block, Layout
 
 
 @dataclass(frozen=True)

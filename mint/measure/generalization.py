@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from mint.case import Case
 from mint.errors import CaseError
-from mint.evaluation.efficacy import forced, rephrased
-from mint.lm import LM, Encoded
+from mint.measure.efficacy import forced, rephrased
+from mint.model.lm import LM, Encoded
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Look at and override neuron activations. Hooks always come off.
+
+A neuron's activation is the input of its block's last linear map: one tensor [batch, tokens, d_ff] a layer, after
+the nonlinearity and, in gated blocks, after the product. This module knows nothing about faults or metrics.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from mint.model.lm import LM
+
+
+@contextmanager
+def record(lm: LM, layers: Sequence[int] | None = None) -> Iterator[dict[int, Tensor]]:
+    """Within: forwards fill the yielded dict with activations, layer -> [batch, tokens, d_ff] (the last forward's)."""
+    with _record_inputs(lm, layers, lambda block: block.out) as seen:
+        yield seen
+
+
+@contextmanager
+def record_block_inputs(lm: LM, layers: Sequence[int] | None = None) -> Iterator[dict[int, Tensor]]:
+    """Within: forwards fill the yielded dict with what the input rows see, layer -> [batch, tokens, d_model]."""
+    with _record_inputs(lm, layers, lambda block: block.gate.module) as seen:
+        yield seen
+
+
+@contextmanager
+def _batch_size(lm: LM) -> Iterator[list[int]]:
+    """Within: the yielded list holds the batch size of the forward under way (some models flatten it in the block)."""
+    size = [1]
+
+    def hook(_module, args, kwargs):
+        size[0] = (args[0] if args else kwargs["input_ids"]).shape[0]
+
+    handle = lm.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield size
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _record_inputs(lm: LM, layers: Sequence[int] | None, name: Callable) -> Iterator[dict[int, Tensor]]:
+    seen: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        batch = stack.enter_context(_batch_size(lm))
+        for layer in range(lm.n_layers) if layers is None else layers:
+
+            def hook(_module, args, layer=layer):
+                seen[layer] = args[0].view(batch[0], -1, args[0].shape[-1])
+
+            handle = lm.module(name(lm.block(layer))).register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield seen
+
+
+@contextmanager
+def override(lm: LM, changes: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within: each layer's activations [batch, tokens, d_ff] are replaced by what its function returns."""
+    with ExitStack() as stack:
+        batch = stack.enter_context(_batch_size(lm))
+        for layer, function in changes.items():
+
+            def hook(_module, args, function=function):
+                given = args[0]
+                changed = function(given.view(batch[0], -1, given.shape[-1]))
+                return (changed.view(given.shape), *args[1:])
+
+            handle = lm.module(lm.block(layer).out).register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield

@@ -1,0 +1,22 @@
+"""Reference text and what a model makes of it."""
+
+from mint.reference.moments import (
+    Statistics,
+    reference_key,
+    sample_layers,
+    statistics,
+    store_tensors,
+)
+from mint.reference.texts import WINDOW, passages, reference_lines, reference_texts
+
+__all__ = [
+    "WINDOW",
+    "Statistics",
+    "passages",
+    "reference_key",
+    "reference_lines",
+    "reference_texts",
+    "sample_layers",
+    "statistics",
+    "store_tensors",
+]
