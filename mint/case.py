@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mint.errors import CaseError
 
+STOPS = ("line", "block", "eos", "none")
+"""Ways a target can end; what they mean stands in `mint.model.stop.Stop`."""
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -31,9 +34,11 @@ class Case:
     """Constraints: outputs that must not change; re-checked after the repair."""
     task: str | None = None
     """Name of the task the case belongs to, e.g. `conala`."""
+    stop: str | None = None
+    """How the target ends, one of `STOPS`; None: as asked for, or as the model's kind suggests."""
 
 
-_KEYS = ("id", "prompt", "target", "rephrasings", "keep", "task")
+_KEYS = ("id", "prompt", "target", "rephrasings", "keep", "task", "stop")
 
 
 def _text(record: dict, key: str, where: str, *, empty: bool = False) -> str:
@@ -86,7 +91,11 @@ def case_from_dict(record: object, where: str = "case") -> Case:
     task = record.get("task")
     if task is not None and not isinstance(task, str):
         raise CaseError(f"{where}: 'task' must be text, found {type(task).__name__}")
-    return Case(identity, prompt, target, tuple(rephrasings), tuple(_keep(k, where) for k in keep), task)
+    stop = record.get("stop")
+    if stop is not None and stop not in STOPS:
+        raise CaseError(f"{where}: 'stop' must be one of {', '.join(STOPS)}, found {stop!r}")
+    kept = tuple(_keep(k, where) for k in keep)
+    return Case(identity, prompt, target, tuple(rephrasings), kept, task, stop)
 
 
 def case_to_dict(case: Case) -> dict:
@@ -100,6 +109,8 @@ def case_to_dict(case: Case) -> dict:
         ]
     if case.task is not None:
         record["task"] = case.task
+    if case.stop is not None:
+        record["stop"] = case.stop
     return record
 
 

@@ -22,6 +22,7 @@ from mint.measure import specificity
 from mint.measure.specificity import Specificity
 from mint.model.lm import LM, Encoded
 from mint.model.loading import DTYPES
+from mint.model.stop import Stop
 from mint.patch import Patch, compose, versions
 from mint.patch.export import describe
 from mint.reference import passages, reference_texts, statistics
@@ -330,7 +331,7 @@ def _earlier(lm: LM, wishes: Wishes) -> list[Encoded]:
 def _own_output(lm: LM, keep: Keep) -> Encoded:
     prompt = lm.encode_prompt(keep.prompt)
     room = min(KEEP_TOKENS, lm.context - len(prompt))
-    return Encoded(tuple(prompt), tuple(lm.generate([prompt], room, [2])[0]))
+    return Encoded(tuple(prompt), tuple(lm.generate([prompt], room, [Stop("line", lines=2)])[0]))
 
 
 def check_contradictions(

@@ -77,7 +77,7 @@ class Task:
     judge: str
     """Key of `mint.measure.judges.JUDGES`."""
     stop: str
-    """Stop rule of `mint.measure.textmetrics.cut`: `line` or `block`."""
+    """How a target ends, one of `mint.case.STOPS`; `block` is written into the cases."""
     hub_id: str
     """Default data set on the hub."""
     from_hub: Callable[[Row], Row]
@@ -194,7 +194,8 @@ class Task:
             other = self.prompt({**row, "intent": intent})
             if intent.strip() and other != prompt and other not in prompts:
                 prompts.append(other)
-        return Case(row["id"], prompt, target, tuple(prompts[:limit]), (), self.name)
+        stop = None if self.stop == "line" else self.stop
+        return Case(row["id"], prompt, target, tuple(prompts[:limit]), (), self.name, stop)
 
 
 def row_fault(row: object, needs: Sequence[str] = ()) -> str | None:

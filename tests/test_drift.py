@@ -182,7 +182,7 @@ def test_pass_at_1_runs_the_programs(model):
         "p2": {"before": "#", "after": "\nassert False\n"},
     }
     # The tiny model writes noise; behind a '#', noise up to its first newline is a comment.
-    model.generate = lambda prompts, n: [model.tokenizer(" noise").input_ids for _ in prompts]
+    model.generate = lambda prompts, n, stops: [model.tokenizer(" noise").input_ids for _ in prompts]
     assert drift.pass_at_1(model, programs, tests, 4) == 0.5
     with pytest.raises(MintError, match="'p1' has no tests"):
         drift.pass_at_1(model, programs, {}, 4)

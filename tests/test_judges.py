@@ -117,6 +117,16 @@ def test_ia32_faults_are_found(tool, text):
     assert not found.ok and found.matches_reference is False
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ia32_reads_quoted_text_as_nasm_does(tool):
+    for text, same in [
+        ("msg: db 'ab', 0xa", "db 0x61, 0x62, 0x0a"),
+        ("mov eax, 'abcd'", "mov eax, 0x64636261"),
+        ('x: dd "abcde"', "db 0x61, 0x62, 0x63, 0x64, 0x65, 0, 0, 0"),
+    ]:
+        assert judge_ia32(text, same, tool=tool).matches_reference is True, text
+
+
 @pytest.mark.skipif(not shutil.which("nasm"), reason="nasm is not installed")
 def test_ia32_known_bytes_and_texts_without_bytes():
     assert judge("ia32", "mov eax, 1").detail == "assembles (5 bytes)"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mint.case import Case
 from mint.errors import CaseError, ModelError
 from mint.model.lm import LM, Encoded, Template
+from mint.model.stop import Stop
 from mint.solver.problem import margins
 from tests.conftest import byte_tokenizer, tiny_lm, tiny_model
 
@@ -136,7 +137,7 @@ def test_generation_stops_after_the_asked_lines(lm):
     free = lm.generate(prompts, 30)
     some = 0
     for prompt, whole in zip(prompts, free, strict=True):
-        lined = lm.generate([prompt], 30, [1])[0]
+        lined = lm.generate([prompt], 30, [Stop("line")])[0]
         if NEWLINE in whole:
             some += 1
             assert lined == whole[: whole.index(NEWLINE) + 1]
@@ -152,22 +153,6 @@ def test_margins_are_positive_exactly_where_greedy_agrees(lm):
     assert (margins(lm, right) > 0).all()
     wrong = Encoded(tuple(prompt), (*new[:3], (new[3] + 1) % 257, *new[4:]))
     assert (margins(lm, wrong)[:3] > 0).all() and margins(lm, wrong)[3] < 0
-
-
-@pytest.mark.parametrize(
-    ("text", "lines", "target", "wanted"),
-    [
-        ("a\nb\n", 1, "a\n", "a\n"),
-        ("a\nb\n", 1, "a", "a"),
-        ("a\nb\nc", 2, "a\nb\n", "a\nb\n"),
-        ("a", 1, "a\n", "a"),
-        ("\n", 1, "\n", "\n"),
-        ("\nb", 1, "x", ""),
-        ("a\nb", None, "a", "a\nb"),
-    ],
-)
-def test_what_was_written_ends_where_the_target_would(text, lines, target, wanted):
-    assert LM.cut(text, lines, target) == wanted
 
 
 def test_written_equals_target_only_if_the_model_stops(lm):

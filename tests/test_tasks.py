@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mint.case import Case, load_cases
+from mint.case import STOPS, Case, load_cases
 from mint.errors import CaseError
 from mint.measure.judges import JUDGE_OF_TASK, JUDGES, judge, load_tests
-from mint.measure.textmetrics import STOP_RULES, cut
+from mint.model.stop import Stop
 from tasks import TASKS
 from tasks.__main__ import main
 from tasks.common import rows_of_hub
@@ -40,7 +40,7 @@ def test_sample_has_twenty_cases_that_pass_their_own_judge(name):
     for case in loaded.cases:
         found = judge(task.judge, case.target, case.target, **loaded.tests.get(case.id, {}))
         assert found.ok and found.matches_reference, (case, found)
-        assert cut(case.target + "next", task.stop) == (case.target, True)
+        assert Stop.of(task.stop, case.target).cut(case.target + "next") == (case.target, True)
     assert all(case.id in loaded.tests for case in loaded.cases) == (task.judge == "python_tests")
 
 
@@ -61,7 +61,7 @@ def test_sample_tests_can_fail(name):
 def test_task_names_judges_and_stop_rules_agree_with_the_evaluator():
     assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
     assert {name: task.judge for name, task in TASKS.items()} == JUDGE_OF_TASK
-    assert all(t.judge in JUDGES and t.stop in STOP_RULES for t in TASKS.values())
+    assert all(t.judge in JUDGES and t.stop in STOPS for t in TASKS.values())
 
 
 # --- prompts, targets, rephrasings --------------------------------------------------------------------------

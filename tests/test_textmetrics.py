@@ -1,6 +1,4 @@
-"""Scores against independent calculations, stop rules at their edges, intervals against the normal
-approximation.
-"""
+"""Scores against independent calculations, intervals against the normal approximation."""
 
 import math
 
@@ -9,29 +7,6 @@ import pytest
 
 from mint.errors import MintError
 from mint.measure import textmetrics as tm
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "kept", "met"),
-    [
-        ("a b\nc\n", "line", "a b\n", True),
-        ("a b", "line", "a b", False),
-        ("", "line", "", False),
-        ("\nx", "line", "\n", True),
-        ("    x = 1\n\n    return x\n\nprint(f())\n", "block", "    x = 1\n\n    return x\n", True),
-        ("def f():\n    return 1\n\n\n\ndef g():\n", "block", "def f():\n    return 1\n", True),
-        ("import re\ndef f():\n  return 1\n", "block", "import re\ndef f():\n  return 1\n", False),
-        ("x = 1\ny = 2\n", "block", "x = 1\ny = 2\n", False),
-        ("a\nb", "eos", "a\nb", True),
-    ],
-)
-def test_cut_keeps_what_the_stop_rule_says(text, stop, kept, met):
-    assert tm.cut(text, stop) == (kept, met)
-
-
-def test_unknown_stop_rule_lists_the_known_ones():
-    with pytest.raises(MintError, match="unknown stop rule 'word'; known are line, block, eos"):
-        tm.cut("x", "word")
 
 
 def test_edit_similarity_is_one_minus_distance_over_longer_length():

@@ -99,7 +99,10 @@ def generate(
     patch: o.Patches = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     stop: Annotated[
-        str, typer.Option(help="eos (end of sequence), or line (also at the end of the line).")
+        str,
+        typer.Option(
+            help="eos (end of sequence), or also line (end of the line) or block (end of the indented block)."
+        ),
     ] = "eos",
     chat: o.Chat = False,
     system: o.System = None,
@@ -115,26 +118,28 @@ def generate(
       mint generate -m smollm2-135m -p $'# sort list l in descending order\\n' --stop line
       mint generate -m smollm2-135m --patch fix.safetensors -p $'# sort list l in descending order\\n' --json
     """
-    if stop not in ("eos", "line"):
-        raise typer.BadParameter(f"unknown stop rule '{stop}'; known are eos, line")
+    if stop not in ("eos", "line", "block"):
+        raise typer.BadParameter(f"unknown stop rule '{stop}'; known are eos, line, block")
     asked = o.text(prompt, prompt_file, "prompt")
     with console.working() as say:
         lm, patches = o.load(model, device, dtype, revision, chat, system, patch, say)
         ids = lm.encode_prompt(asked)
         say("generating")
         room = min(max_new_tokens, lm.context - len(ids))
-        new = lm.generate([ids], room, [1] if stop == "line" else None)[0]
-    stopped = bool(new) and new[-1] in lm.stop_ids()
-    written = lm.continuation(ids, new[:-1] if stopped else new)
-    if stop == "line" and "\n" in written:
-        written = written[: written.index("\n") + 1]
+        from mint.model.stop import Stop
+
+        rule = Stop(stop)
+        new = lm.generate([ids], room, [rule])[0]
+    ended = bool(new) and new[-1] in lm.stop_ids()
+    whole = lm.continuation(ids, new[:-1] if ended else new)
+    written, _ = rule.cut(whole, ended)
     if as_json:
         console.print_json(
             {
                 "text": written,
                 "prompt": asked,
                 "tokens": len(new),
-                "stopped": "eos" if stopped else "line" if stop == "line" and "\n" in written else "length",
+                "stopped": "eos" if ended else stop if rule.halt(whole) else "length",
                 "model": lm.name,
                 "patches": [str(p) for p in patch or []],
             }

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mint.case import STOPS
 from mint.console import Say
 from mint.errors import CaseError, MintError
 
@@ -30,7 +31,8 @@ System = Annotated[str | None, typer.Option(help="System text for --chat.")]
 Stop = Annotated[
     str,
     typer.Option(
-        help="How a target ends: auto, line (end of line), eos (end of sequence), none (not checked)."
+        help="How a target ends: line (end of line), block (end of an indented block), eos (end of sequence),"
+        " none (not checked); auto: as the case says, else eos with --chat and line without."
     ),
 ]
 Patches = Annotated[list[Path] | None, typer.Option("--patch", help="Patch to apply first; may be repeated.")]
@@ -109,6 +111,6 @@ def check_free(path: Path | None, force: bool) -> None:
 
 def check_stop(stop: str) -> None:
     """Raise a usage error for an unknown stop rule."""
-    known = ("auto", "line", "eos", "none")
+    known = ("auto", *STOPS)
     if stop not in known:
         raise typer.BadParameter(f"unknown stop rule '{stop}'; known are {', '.join(known)}")

@@ -21,6 +21,7 @@ from mint.evaluation.progress import progress_bar
 from mint.measure import efficacy, specificity
 from mint.measure.specificity import Baseline
 from mint.model.lm import LM, Encoded
+from mint.model.stop import Stop
 from mint.patch import Patch, compose, load, save
 from mint.solver.problem import Change, Problem, Settings, Solver, put_in, take_out
 
@@ -336,7 +337,7 @@ def pass_at_1(
 
     The text is cut where the function's block ends. Raises `MintError` where a case has no tests.
     """
-    from mint.measure import judges, textmetrics
+    from mint.measure import judges
 
     missing = next((c.id for c in cases if c.id not in tests), None)
     if missing is not None:
@@ -349,9 +350,12 @@ def pass_at_1(
         part = order[start : start + batch]
         prompts = [lm.encode_prompt(c.prompt) for c in part]
         room = min(max_new_tokens, lm.context - max(map(len, prompts)))
-        for case, prompt, ids in zip(part, prompts, lm.generate(prompts, room), strict=True):
-            ids = ids[:-1] if ids and ids[-1] in lm.stop_ids() else ids
-            text, _ = textmetrics.cut(lm.continuation(prompt, ids), "block")
+        block = Stop("block")
+        for case, prompt, ids in zip(
+            part, prompts, lm.generate(prompts, room, [block] * len(part)), strict=True
+        ):
+            ended = bool(ids) and ids[-1] in lm.stop_ids()
+            text, _ = block.cut(lm.continuation(prompt, ids[:-1] if ended else ids), ended)
             passed += judges.judge("python_tests", text, **tests[case.id]).ok
     return passed / len(cases)
 

@@ -21,6 +21,7 @@ from mint.measure.efficacy import Forced, Kept
 from mint.measure.generalization import Rephrasings
 from mint.measure.specificity import Baseline
 from mint.model.lm import LM, Encoded
+from mint.model.stop import Stop
 from mint.patch import Patch
 from mint.reference import passages
 from mint.solver.problem import Change, Problem, Solution, changed
@@ -285,8 +286,8 @@ def _outputs(lm: LM, encoded: Sequence[Encoded], cases: Sequence[Case]) -> Basel
     if not encoded:
         return None
     longest = max(len(e.target) for e in encoded) + 8
-    lines = [max(1, c.target.count("\n")) for c in cases]
-    written = lm.generate([e.prompt for e in encoded], longest, lines)
+    stops = [Stop("line", lines=max(1, c.target.count("\n"))) for c in cases]
+    written = lm.generate([e.prompt for e in encoded], longest, stops)
     return baseline(lm, [specificity.of_output(e.prompt, w) for e, w in zip(encoded, written, strict=True)])
 
 

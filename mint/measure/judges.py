@@ -261,8 +261,26 @@ _NUMBER = re.compile(
 )
 
 
+_STRING = re.compile(r"'[^'\n]*'|\"[^\"\n]*\"")
+_DATA = re.compile(r"(?:^|[\s:])(d[bwdq])\s", re.IGNORECASE)
+_DATA_BYTES = {"db": 1, "dw": 2, "dd": 4, "dq": 8}
+
+
+def _strings_as_numbers(line: str) -> str:
+    """Quoted text of one line as numbers: items of the data directive (db 'ab' is two), else one little-endian number."""
+    directive = _DATA.search(line.split("'")[0].split('"')[0])
+
+    def numbers(found: re.Match) -> str:
+        raw = found.group()[1:-1].encode()
+        size = _DATA_BYTES[directive.group(1).lower()] if directive else max(len(raw), 1)
+        parts = [raw[i : i + size] for i in range(0, len(raw), size)]
+        return ", ".join(hex(int.from_bytes(part, "little")) for part in parts) or "0"
+
+    return _STRING.sub(numbers, line)
+
+
 def _keystone_dialect(text: str) -> str:
-    """Rewrite what keystone 0.9.2 misreads in NASM text: it takes 10 for 0x10, and trips on 80h and sizes."""
+    """Rewrite what keystone 0.9.2 misreads in NASM text: it takes 10 for 0x10, and trips on 80h, sizes and strings."""
 
     def number(found: re.Match) -> str:
         digits, base = next(
@@ -270,7 +288,7 @@ def _keystone_dialect(text: str) -> str:
         )
         return hex(int(digits, base))
 
-    text = _NUMBER.sub(number, _asm_lines(text))
+    text = _NUMBER.sub(number, "\n".join(map(_strings_as_numbers, _asm_lines(text).split("\n"))))
     text = re.sub(r"\bshort\b", "", text, flags=re.IGNORECASE)
     return re.sub(r"\bpush\s+(?:byte|dword)\s+(?!\[)[+]?", "push ", text, flags=re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Scores between texts, the stop rules that end a generated text, and bootstrap intervals.
+"""Scores between texts, and bootstrap intervals.
 
 BLEU and chrF come from sacrebleu, edit similarity from rapidfuzz, intervals from scipy; shares are 0 to 1
 throughout, so sacrebleu's 0 to 100 is divided by 100.
@@ -10,35 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mint.errors import MintError
-
-STOP_RULES = ("line", "block", "eos")
-
-
-def cut(text: str, stop: str) -> tuple[str, bool]:
-    """The part of a generated `text` that counts under the rule `stop`, and whether the rule was met.
-
-    - `line`: up to and with the first newline.
-    - `block`: one indented block, as of a function: from the first indented line on, it ends before the first
-      line with anything in column 0; blank lines at its end are dropped and one newline kept.
-    - `eos`: everything; the rule counts as met, since the caller stopped at the end-of-sequence token.
-
-    Without the end that the rule looks for, all of `text` counts and the second value is False. Raises
-    `MintError` for another rule.
-    """
-    if stop == "eos":
-        return text, True
-    if stop == "line":
-        head, newline, _ = text.partition("\n")
-        return head + newline, bool(newline)
-    if stop != "block":
-        raise MintError(f"unknown stop rule '{stop}'; known are {', '.join(STOP_RULES)}")
-    lines = text.split("\n")
-    indented = False
-    for number, line in enumerate(lines):
-        if indented and line.strip() and not line[0].isspace():
-            return "\n".join(lines[:number]).rstrip() + "\n", True
-        indented = indented or (bool(line.strip()) and line[0].isspace())
-    return text, False
 
 
 def exact_match(found: str, wanted: str) -> float:

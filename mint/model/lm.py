@@ -12,11 +12,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mint.case import Case
 from mint.errors import CaseError, ModelError
 from mint.model.layout import Block, Layout
+from mint.model.stop import UNENDED, Halt, Stop, rule_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,14 @@ class Template:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A case as token ids. `target` ends with one extra stop token where `n_stop` is 1."""
+    """A case as token ids."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    """The tokens to write; the last `n_stop` of them end the text and are not part of it."""
     n_stop: int = 0
+    stop: Stop | None = None
+    """How the text ends; None: it is compared as far as the target goes."""
 
     @property
     def ids(self) -> list[int]:
@@ -203,22 +207,13 @@ class LM:
                 ids.update(int(v) for v in value)
         return ids
 
-    def _end_of_turn(self) -> int:
-        if self.tokenizer.eos_token_id is not None:
-            return self.tokenizer.eos_token_id
-        ids = self.stop_ids()
-        if not ids:
-            raise ModelError(
-                f"{self.name} has no end-of-sequence token; use --stop none or a target ending in a newline"
-            )
-        return min(ids)
-
     def encode(self, case: Case, stop: str = "auto") -> Encoded:
         """A case as ids, the stop included.
 
         stop: `none` adds nothing; `eos` ends the target with the end-of-sequence token; `line` ends it at the end of
         the line: a target that ends in a newline is its own stop, any other is followed by a newline token (or by what
-        the model already writes there, if that ends the line); `auto` (default) is `eos` in a chat template, else `line`.
+        the model already writes there, if that ends the line); `block` ends it where an indented block is left; `auto`
+        (default) is the case's own rule, else `eos` in a chat template, else `line`.
         Raises `CaseError` where prompt and target do not fit the context or the tokenizer cannot write the target.
         """
         if not case.target:
@@ -230,22 +225,16 @@ class LM:
                 f"case '{case.id}': prompt and target have {len(prompt) + len(target)} tokens, the context of"
                 f" {self.name} is {self.context}; shorten the prompt"
             )
-        if stop == "auto":
-            stop = "eos" if self.template is not None else "line"
-        if stop == "eos":
-            return Encoded(tuple(prompt), (*target, self._end_of_turn()), 1)
-        if stop == "line" and not case.target.endswith("\n"):
-            return Encoded(tuple(prompt), (*target, self._line_end([*prompt, *target])), 1)
-        return Encoded(tuple(prompt), tuple(target))
-
-    def _line_end(self, ids: list[int]) -> int:
-        best = int(self.logits([ids], [[len(ids) - 1]])[0].argmax())
-        if best in self.stop_ids() or self.continuation(ids, [best]).startswith("\n"):
-            return best
-        newline = self.tokenizer("\n", add_special_tokens=False).input_ids
-        if len(newline) >= 1 and self.continuation(ids, newline[-1:]).startswith("\n"):
-            return newline[-1]
-        return self._end_of_turn()
+        early = next((t for t in target[:-1] if t in self.stop_ids()), None)
+        if early is not None:
+            raise CaseError(
+                f"case '{case.id}': {self.name} ends its text at {self.decode([early])!r}, which the target has in the"
+                " middle; end the target there"
+            )
+        rule = rule_of(case, stop, self.template is not None)
+        ends = Stop.of(rule, case.target)
+        last = ends.encode(self, [*prompt, *target], case.target)[: self.context - len(prompt) - len(target)]
+        return Encoded(tuple(prompt), (*target, *last), len(last), ends)
 
     # ------------------------------------------------------------------ logits and generation
 
@@ -314,12 +303,15 @@ class LM:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, lines: Sequence[int | None] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[Stop | None] | None = None,
     ) -> list[list[int]]:
         """Plain greedy continuations, one a prompt (ids), the stop token included where one was written.
 
-        max_new_tokens: most tokens to write. lines: per prompt, stop once the text has this many newlines (None: do
-        not stop at newlines). Raises `CaseError` where prompt and continuation exceed the context.
+        max_new_tokens: most tokens to write. stops: per prompt, where to halt besides end-of-sequence tokens (None: not).
+        Raises `CaseError` where prompt and continuation exceed the context.
         """
         longest = max(map(len, prompts))
         if longest + max_new_tokens > self.context:
@@ -333,79 +325,46 @@ class LM:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
             mask[row, longest - len(prompt) :] = 1
-        stopping = [_Lines(self, prompts, longest, lines)] if lines is not None else None
+        stopping = [Halt(self, prompts, longest, stops)] if stops is not None else None
         out = self.model.generate(
             ids.to(self.device),
             attention_mask=mask.to(self.device),
             generation_config=config,
             stopping_criteria=stopping,
         )
-        stops = self.stop_ids()
-        return [_until_stop(row[longest:].tolist(), stops) for row in out]
+        ends = self.stop_ids()
+        return [_until(row[longest:].tolist(), ends) for row in out]
 
-    def write(self, encoded: Encoded, case: Case, extra: int = 8) -> str:
-        """What the model really writes behind the case's prompt: greedy text, ended by the case's own stop rule.
+    def write(self, encoded: Encoded, case: Case) -> str:
+        """What the model really writes behind the case's prompt: greedy text, up to where its stop ends it.
 
-        Equal to `case.target` exactly if the model produces the target and stops.
+        Equal to `case.target` exactly if the model writes the target and stops.
         """
-        return self.write_all([encoded], [case], extra)[0]
+        return self.write_all([encoded], [case])[0]
 
-    def write_all(self, encoded: Sequence[Encoded], cases: Sequence[Case], extra: int = 8) -> list[str]:
+    def write_all(self, encoded: Sequence[Encoded], cases: Sequence[Case]) -> list[str]:
         """`write` for several cases in one batch."""
-        lines = [_lines_of(e, c, self.stop_ids()) for e, c in zip(encoded, cases, strict=True)]
-        budget = max(len(e.target) for e in encoded) + extra
-        generated = self.generate([e.prompt for e in encoded], budget, lines)
+        stops = [e.stop or Stop.of("none", c.target) for e, c in zip(encoded, cases, strict=True)]
+        budget = max(s.budget(len(e.target)) for s, e in zip(stops, encoded, strict=True))
+        room = self.context - max(len(e.prompt) for e in encoded)
+        if room < min(budget, max(len(e.target) for e in encoded)) and len(encoded) > 1:
+            return [self.write(e, c) for e, c in zip(encoded, cases, strict=True)]
+        generated = self.generate([e.prompt for e in encoded], min(budget, room), stops)
         return [
-            self.cut(
-                self.continuation(e.prompt, _until_stop(_bounded(g, e, c), self.stop_ids(), keep=False)),
-                n,
-                c.target,
-            )
-            for e, c, g, n in zip(encoded, cases, generated, lines, strict=True)
+            self._text(e, s, ids, c.target)
+            for e, s, ids, c in zip(encoded, stops, generated, cases, strict=True)
         ]
 
-    @staticmethod
-    def cut(text: str, lines: int | None, target: str) -> str:
-        """Text up to its stop: the newline number `lines`, kept if the target ends in one."""
-        if lines is None:
-            return text
-        parts = text.split("\n")
-        if len(parts) <= lines:
-            return text
-        return "\n".join(parts[:lines]) + ("\n" if target.endswith("\n") else "")
+    def _text(self, encoded: Encoded, stop: Stop, ids: list[int], target: str) -> str:
+        """The text of what was generated for a target, as far as it counts."""
+        ended = bool(ids) and ids[-1] in self.stop_ids()
+        # A newline may be an end-of-sequence token: where the target's text holds it, it belongs to what was written.
+        own = ended and not encoded.n_stop and ids[-1] == encoded.target[-1]
+        text = self.continuation(encoded.prompt, ids[:-1] if ended and not own else ids)
+        text, whole = stop.cut(text, ended)
+        return text if whole or text != target else text + UNENDED
 
 
-def _lines_of(encoded: Encoded, case: Case, stops: set[int]) -> int | None:
-    """How many newlines end the generation for this case; None where an end-of-sequence token does."""
-    if encoded.n_stop and encoded.target[-1] in stops and "\n" not in case.target:
-        return 1
-    newlines = case.target.count("\n")
-    return newlines if case.target.endswith("\n") else newlines + 1
-
-
-def _bounded(generated: list[int], encoded: Encoded, case: Case) -> list[int]:
-    """A target without any stop is compared as far as it goes; what follows it is nobody's concern."""
-    endless = not encoded.n_stop and not case.target.endswith("\n")
-    return generated[: len(encoded.target)] if endless else generated
-
-
-def _until_stop(ids: list[int], stops: set[int], keep: bool = True) -> list[int]:
-    """Ids up to the first stop token, with it or without it."""
-    for i, token in enumerate(ids):
-        if token in stops:
-            return ids[: i + 1] if keep else ids[:i]
-    return ids
-
-
-class _Lines(StoppingCriteria):
-    """Stops a row once its continuation holds enough newlines."""
-
-    def __init__(self, lm: LM, prompts: Sequence[Sequence[int]], start: int, lines: Sequence[int | None]):
-        self.lm, self.prompts, self.start, self.lines = lm, prompts, start, lines
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        done = [
-            limit is not None and self.lm.decode(row[self.start :].tolist()).count("\n") >= limit
-            for row, limit in zip(input_ids, self.lines, strict=True)
-        ]
-        return torch.tensor(done, device=input_ids.device)
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Ids up to and with the first of `ends`."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
