@@ -18,7 +18,7 @@ import torch
 
 from mint.case import Case, Keep, case_from_dict, case_to_dict
 from mint.errors import CaseError, MintError
-from mint.measure import specificity
+from mint.measure import places, specificity
 from mint.measure.specificity import Specificity
 from mint.model.lm import LM, Encoded
 from mint.model.loading import DTYPES
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 Attribute = Callable[[LM, Problem], Any]
 Judge = Callable[[LM, Problem, Patch], Any]
 Prepare = Callable[[LM], Any]
-_ASIDE = ("attribute", "statistics", "verdict")
+_ASIDE = ("attribute", "statistics", "verdict", "contexts")
 """Steps that are not the repair itself: what explains it, and what is measured once per model and then cached."""
 
 
@@ -54,6 +54,8 @@ class Wishes:
     """Names of dtypes in which the repaired model must write the target too."""
     applied: tuple[Patch, ...] = ()
     """Patches that the model holds already: the repairs in them are protected, their neurons not used again."""
+    contexts: bool = False
+    """Whether contexts, wordings and near misses of every repair are measured (`mint.measure.places`)."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class Repair:
     """The `Attribution`, where one was asked for."""
     verdict: Any = None
     """Whether the edited neurons were the cause of the fault or carry the repair, where that was asked for."""
+    places: dict | None = None
+    """Where the repair holds and is felt, see `mint.measure.places.measure`; None where it was not asked for."""
     timing: dict[str, float] = field(default_factory=dict)
-    """Seconds by step: generate, statistics, attribute, solve, verify, verdict."""
+    """Seconds by step: generate, statistics, attribute, solve, verify, contexts, verdict."""
 
     @property
     def success(self) -> bool:
@@ -213,6 +217,13 @@ def _repair_one(
         if attribute is not None:
             say(f"{problem.case.id}: looking for the neurons behind the fault")
             timing["attribute"], found["attribution"] = _timed(lambda: attribute(lm, problem))
+        around = None
+        if wishes.contexts:
+            say(f"{problem.case.id}: writing behind near misses")
+            kept = [keep.prompt for keep in wishes.keep]
+            timing["contexts"], around = _timed(
+                lambda: places.prepare(lm, problem.case, wishes.stop, kept, wishes.settings.seed)
+            )
         say(f"{problem.case.id}: solving")
         timing["solve"], solution = _timed(lambda: solve(lm, problem, wishes.settings))
         found["solution"] = solution
@@ -224,6 +235,11 @@ def _repair_one(
                 found |= verify(lm, problem, wishes)
         finally:
             timing["verify"] = time.perf_counter() - started
+        if around is not None:
+            say(f"{problem.case.id}: writing in other contexts")
+            with changed(lm, patch):
+                seconds, found["places"] = _timed(lambda: places.measure(lm, around))
+            timing["contexts"] += seconds
         if judge is not None:
             say(f"{problem.case.id}: cause or carrier")
             timing["verdict"], found["verdict"] = _timed(lambda: judge(lm, problem, patch))
@@ -519,6 +535,7 @@ def repair_as_dict(one: Repair) -> dict:
         "attribution": one.attribution.to_json() if one.attribution else None,
         "verdict": one.verdict.to_json() if one.verdict else None,
         "details": _jsonable(one.solution.details) if one.solution else {},
+        **(one.places or dict.fromkeys(("contexts", "wordings", "near_misses"))),
     }
 
 
@@ -528,6 +545,8 @@ def outcome_as_dict(outcome: Outcome, patch_path: str | None) -> dict:
     margins_ = [r.margin_min for r in outcome.repairs if r.margin_min is not None]
     steps = sorted({s for r in outcome.repairs for s in r.timing})
     neurons = [n for r in outcome.repairs for n in r.neurons]
+    found = [r.places for r in outcome.repairs if r.places]
+    held = places.total(found) if found else dict.fromkeys(("contexts", "wordings", "near_misses"))
     return {
         "success": outcome.success,
         "generated_before": single.get("generated_before"),
@@ -538,6 +557,7 @@ def outcome_as_dict(outcome: Outcome, patch_path: str | None) -> dict:
         "seconds": round(sum(r.seconds for r in outcome.repairs), 4),
         "timing": {s: round(sum(r.timing.get(s, 0.0) for r in outcome.repairs), 4) for s in steps},
         "specificity": outcome.specificity.as_dict() if outcome.specificity else None,
+        **held,
         "patch": patch_path,
         "reason": outcome.reason,
         "note": single.get("note"),

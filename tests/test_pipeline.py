@@ -352,3 +352,19 @@ def test_settings_reach_the_solver(fault):
     wishes = replace(WISHES, settings=Settings(max_neurons=1, margin=2.5, seed=7))
     repair(lm, [case], wishes, solve)
     assert seen == [wishes.settings]
+
+
+def test_a_repair_reports_contexts_wordings_and_near_misses():
+    lm = tiny_lm("llama")
+    cases, patches = planted(lm)
+    outcome = repair(
+        lm, cases, replace(WISHES, contexts=True), lambda *_: Solution("fake", P.compose(patches))
+    )
+    found = outcome_as_dict(outcome, None)
+    assert found["success"] and found["contexts"]["imports"]["cases"] == 1
+    assert set(found["near_misses"]) == {"cases", "became_target", "changed"}
+    assert found["cases"][0]["contexts"] == found["contexts"]
+    without = outcome_as_dict(
+        repair(lm, cases, WISHES, lambda *_: Solution("fake", P.compose(patches))), None
+    )
+    assert without["contexts"] is None and without["near_misses"] is None

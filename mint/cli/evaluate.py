@@ -58,6 +58,12 @@ def evaluate(
         int, typer.Option(min=2, help="Cases with more tokens are skipped, and counted.")
     ] = 1024,
     max_target_tokens: Annotated[int, typer.Option(min=1, help="The same for the target alone.")] = 256,
+    contexts: Annotated[
+        bool,
+        typer.Option(
+            "--contexts/--no-contexts", help="Also generate in other contexts, in other words and next door."
+        ),
+    ] = True,
     max_neurons: Annotated[int, typer.Option(min=1, max=2, help="Most neurons that may change.")] = 2,
     margin: Annotated[
         float | None, typer.Option(min=0, help="Logit margin; default the solver's own.")
@@ -142,7 +148,11 @@ def evaluate(
             tests=known_tests,
             skipped=skipped,
             options=measuring.Options(
-                stop=stop, neighbours=neighbours, max_tokens=max_tokens, max_target_tokens=max_target_tokens
+                stop=stop,
+                neighbours=neighbours,
+                max_tokens=max_tokens,
+                max_target_tokens=max_target_tokens,
+                contexts=contexts,
             ),
             drift=drift,
             save_patches=patches,

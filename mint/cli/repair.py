@@ -70,6 +70,13 @@ def repair(
             show_default=False,
         ),
     ] = None,
+    contexts: Annotated[
+        bool,
+        typer.Option(
+            "--contexts/--no-contexts",
+            help="Also generate in other contexts, in other words and next door; takes some seconds a case.",
+        ),
+    ] = True,
     partial: Annotated[
         bool,
         typer.Option("--partial", help="With several cases: write the patch although some were refused."),
@@ -129,6 +136,7 @@ def repair(
             stop=stop,
             keep=kept,
             verify_dtypes=tuple(verify_dtype or []),
+            contexts=contexts,
         )
         solve = pipeline.solver_named(solver)
         prepare = pipeline.default_preparation(wishes, say)
@@ -208,10 +216,26 @@ def _show(outcome, result: dict) -> None:
             ],
             ["value"],
         )
+    if result["near_misses"]:
+        _show_places(result)
     if result["margin_min"] is not None:
         console.note(f"smallest margin {result['margin_min']:.2f}, {result['seconds']:.1f} s after loading")
     if result["patch"]:
         console.print_result(f"{result['patch']}\n")
+
+
+def _show_places(result: dict) -> None:
+    """Where the repair holds and is felt, as a table on stderr."""
+    rows = [
+        (kind.replace("_", " "), f"{counts['right']} of {counts['cases']}")
+        for name in ("contexts", "wordings")
+        for kind, counts in result[name].items()
+    ]
+    near = result["near_misses"]
+    if near["cases"]:
+        rows.append(("near misses that became the target", f"{near['became_target']} of {near['cases']}"))
+        rows.append(("near misses that changed at all", f"{near['changed']} of {near['cases']}"))
+    console.table("the target behind the prompt elsewhere, generated", ["where", "right"], rows, ["right"])
 
 
 def show_neurons(attribution: dict, top: int = 8) -> None:

@@ -16,9 +16,10 @@ import torch
 
 from mint.case import Case, case_from_dict, case_to_dict, read_jsonl
 from mint.errors import CaseError, MintError
-from mint.measure import efficacy, generalization, specificity
+from mint.measure import efficacy, generalization, places, specificity
 from mint.measure.efficacy import Forced, Kept
 from mint.measure.generalization import Rephrasings
+from mint.measure.places import Places
 from mint.measure.specificity import Baseline
 from mint.model.lm import LM, Encoded
 from mint.model.stop import Stop
@@ -43,6 +44,8 @@ class Options:
     """Cases whose prompt and target have more tokens are skipped, and listed."""
     max_target_tokens: int = 256
     """Cases whose target has more tokens are skipped, and listed."""
+    contexts: bool = True
+    """Whether contexts, wordings and near misses are measured (`mint.measure.places`)."""
 
 
 # ---------------------------------------------------------------------- cases
@@ -262,6 +265,8 @@ class Clean:
     same_task: Baseline | None
     outputs: Baseline | None
     """Neighbours' own greedy outputs."""
+    places: Places | None
+    """Contexts, wordings and near misses."""
 
 
 def clean_facts(lm: LM, case: Case, stick: Yardstick) -> Clean:
@@ -279,6 +284,7 @@ def clean_facts(lm: LM, case: Case, stick: Yardstick) -> Clean:
         tuple(near),
         baseline(lm, [specificity.of_case(e) for e in near_encoded]) if near else None,
         _outputs(lm, near_encoded[: options.outputs], near[: options.outputs]),
+        places.prepare(lm, case, options.stop, seed=stick.seed) if options.contexts else None,
     )
 
 
@@ -314,6 +320,7 @@ def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
             specificity.compare(lm, clean.outputs, 0, since).sequences_unchanged if clean.outputs else None
         )
         kept = [efficacy.still_kept(lm, k) for k in clean.kept]
+        around = places.measure(lm, clean.places) if clean.places else None
     return {
         "written_before": clean.written,
         "written_after": written,
@@ -344,6 +351,7 @@ def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
             "broken": sum(k.right and not now for k, now in zip(clean.kept, kept, strict=True)),
         },
         "edit": describe_change(solution.change),
+        "places": around,
     }
 
 

@@ -28,7 +28,7 @@ from mint.model.lm import LM
 from mint.patch import Patch, identity, save, versions
 from mint.solver.problem import Settings, Solution, Solver
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every key: raised when a row's meaning changes, so that old rows are not taken for new ones."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from mint.measure import textmetrics
+from mint.measure import places, textmetrics
 
 DOMAINS = ("same_task", "other_tasks", "ordinary_code")
 _EFFECTS = (
@@ -58,6 +58,7 @@ def solver_summary(rows: Iterable[dict], resamples: int = 1000) -> dict:
             "outputs_kept": _mean([r["outputs_kept"] for r in measured if r.get("outputs_kept") is not None]),
             **{d: _effects(measured, d) for d in DOMAINS},
         },
+        **_places(measured),
         "keep": {k: sum(r["keep"][k] for r in measured) for k in ("asked", "right_before", "kept", "broken")},
         "judge": _judge(measured),
         "edit": _edit(measured),
@@ -66,6 +67,24 @@ def solver_summary(rows: Iterable[dict], resamples: int = 1000) -> dict:
     if resamples:
         found["intervals"] = _intervals(rows, measured, domain, resamples)
     return found
+
+
+def _places(measured: list[dict]) -> dict:
+    """`contexts` and `wordings`: {kind: {cases, right, share}}, with `mean` and `worst` over kinds; `near_misses`: counts
+    and shares. All over prompts; None where they were not measured."""
+    found = [r["places"] for r in measured if r.get("places")]
+    if not found:
+        return {"contexts": None, "wordings": None, "near_misses": None}
+    sums = places.total(found)
+    result: dict = {}
+    for name in ("contexts", "wordings"):
+        kinds = {k: c | {"share": c["right"] / c["cases"]} for k, c in sums[name].items()}
+        shares = [c["share"] for c in kinds.values()]
+        result[name] = {"kinds": kinds, "mean": _mean(shares), "worst": min(shares, default=None)}
+    near = sums["near_misses"]
+    for key in ("became_target", "changed"):
+        near[f"{key}_share"] = near[key] / near["cases"] if near["cases"] else None
+    return result | {"near_misses": near}
 
 
 def _domain(measured: list[dict]) -> str:
@@ -143,7 +162,29 @@ def _intervals(rows: list[dict], measured: list[dict], domain: str, resamples: i
         "argmax_broken": [p["argmax_broken"] for p in parts],
         "kl_mean": [p["kl_mean"] for p in parts],
     }
-    return {name: interval(values, resamples) for name, values in wanted.items() if values}
+    found = {name: interval(values, resamples) for name, values in wanted.items() if values}
+    around = [r["places"] for r in measured if r.get("places")]
+    pairs = {
+        "contexts": [[(c["right"], c["cases"]) for c in p["contexts"].values()] for p in around],
+        "wordings": [[(c["right"], c["cases"]) for c in p["wordings"].values()] for p in around],
+        "near_misses_became_target": [
+            [(p["near_misses"]["became_target"], p["near_misses"]["cases"])] for p in around
+        ],
+        "near_misses_changed": [[(p["near_misses"]["changed"], p["near_misses"]["cases"])] for p in around],
+    }
+    return found | {name: clustered_interval(found_, resamples) for name, found_ in pairs.items() if found_}
+
+
+def clustered_interval(clusters: Sequence[Sequence[tuple[int, int]]], resamples: int = 1000) -> list[float]:
+    """[low, high], 95 %, of the share of hits over all trials, bootstrapped over clusters (cases), seed 0.
+
+    clusters: per case (hits, trials). What is measured on one case is no independent draw, so cases are drawn, whole.
+    """
+    counts = np.array([[sum(h for h, _ in c), sum(n for _, n in c)] for c in clusters], dtype=float)
+    draw = np.random.default_rng(0).integers(len(counts), size=(resamples, len(counts)))
+    sums = counts[draw].sum(1)
+    shares = np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
+    return [float(np.percentile(shares, 2.5)), float(np.percentile(shares, 97.5))]
 
 
 def interval(values: Sequence[float], resamples: int = 1000) -> list[float]:
@@ -200,6 +241,10 @@ COLUMNS: dict[str, Cell] = {
     ),
     "behind rephrasings, before": lambda s: percent(s["generalization"]["token_accuracy_before"]),
     "behind rephrasings, after": lambda s: percent(s["generalization"]["token_accuracy_after"]),
+    "behind rephrasings, generated": lambda s: percent(s["generalization"]["exact_match_generated"]),
+    "contexts, mean (worst)": lambda s: _mean_worst(s.get("contexts")),
+    "wordings, mean (worst)": lambda s: _mean_worst(s.get("wordings")),
+    "near misses became target, changed": lambda s: _near(s.get("near_misses")),
     "broken": lambda s: percent(s["specificity"]["argmax_broken"], 2),
     "changed": lambda s: percent(_changed(s["specificity"]["argmax_unchanged"]), 2),
     "KL": lambda s: number(s["specificity"]["kl_mean"]),
@@ -231,6 +276,16 @@ def drift_columns(stops: Sequence[dict]) -> dict[str, Cell]:
     return DRIFT_COLUMNS | (PASSED if all("pass_at_1" in d for d in stops) else {})
 
 
+def _mean_worst(kinds: dict | None) -> str:
+    return "-" if kinds is None else f"{percent(kinds['mean'])} ({percent(kinds['worst'])})"
+
+
+def _near(near: dict | None) -> str:
+    if near is None:
+        return "-"
+    return f"{percent(near['became_target_share'])}, {percent(near['changed_share'])}"
+
+
 def _changed(unchanged: float | None) -> float | None:
     return None if unchanged is None else 1 - unchanged
 
@@ -252,6 +307,11 @@ def markdown(summary: dict) -> str:
         f" other lines of the same task unless stated; definitions in docs/evaluation.md.\n"
     )
     parts.append(table("solver", everyone, COLUMNS))
+    if any(s.get("contexts") for s in everyone.values()):
+        parts += [
+            "## Contexts, wordings and near misses\n",
+            table("solver", everyone, _kind_columns(everyone)),
+        ]
     for name, solver in summary["solvers"].items():
         if solver.get("drift"):
             rows = {str(d["repairs"]): d for d in solver["drift"]}
@@ -264,6 +324,18 @@ def markdown(summary: dict) -> str:
         parts.append(f"## Skipped: {skipped['count']}\n")
         parts.append("".join(f"- {_flat(s['where'])}: {_flat(s['reason'])}\n" for s in skipped["rows"]))
     return "\n".join(parts)
+
+
+def _kind_columns(solvers: dict[str, dict]) -> dict[str, Cell]:
+    """One column a kind of context and wording: the share of prompts behind which the target was generated."""
+    kinds: dict[str, Cell] = {}
+    for solver in solvers.values():
+        for name in ("contexts", "wordings"):
+            for kind in (solver.get(name) or {"kinds": {}})["kinds"]:
+                kinds[kind.replace("_", " ")] = lambda s, name=name, kind=kind: percent(
+                    ((s.get(name) or {"kinds": {}})["kinds"].get(kind) or {}).get("share")
+                )
+    return kinds
 
 
 def _flat(text: str) -> str:
