@@ -49,7 +49,7 @@ def test_what_is_not_a_model(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, message in [
         (str(tmp_path / "empty"), "config.json is missing"),
-        (str(tmp_path / "none"), "cannot be loaded"),
+        (str(tmp_path / "none"), "no such directory"),
         (str(tmp_path / "none.gguf"), "no such file"),
     ]:
         with pytest.raises(ModelError, match=message) as caught:
@@ -165,11 +165,11 @@ def test_the_built_in_model_is_fetched_once_and_converted_whole(monkeypatch):
     monkeypatch.setattr(loading, "_SHA256", loading.hashlib.sha256(b"GGUF").hexdigest())
     calls = []
 
-    def read(path, dtype):
-        calls.append(path)
-        return tiny_model("llama"), byte_tokenizer()
+    def convert(files, folder):
+        calls.append(files)
+        saved(folder)
 
-    monkeypatch.setattr(loading, "_read_gguf", read)
+    monkeypatch.setattr(loading.gguf, "convert", convert)
     home = builtin_path()
     assert builtin_path() == home and len(calls) == 1
     assert [p.name for p in home.parent.iterdir()] == [BUILTIN]
@@ -183,7 +183,7 @@ def test_an_interrupted_conversion_leaves_nothing(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_read_gguf", interrupted)
+    monkeypatch.setattr(loading.gguf, "convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         builtin_path()
     assert not list((cache_dir() / "models").iterdir())

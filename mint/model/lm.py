@@ -16,15 +16,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mint.case import Case
 from mint.errors import CaseError, ModelError
+from mint.model import text as texts
 from mint.model.layout import Block, Layout
+from mint.model.settings import Settings
 from mint.model.stop import UNENDED, Halt, Stop, rule_of
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a prompt is dressed before it is encoded: the model's own chat template, with an optional system text."""
-
-    system: str | None = None
+from mint.model.text import Template
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,10 @@ class LM:
     """What the user asked for: a directory, a hub id, a file or an alias."""
     revision: str | None = None
     template: Template | None = None
+    settings: Settings = Settings()
+    """What the model's own generation settings would change; plain greedy text knows nothing of them."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the model was read, one line each."""
     _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
@@ -87,7 +87,7 @@ class LM:
     def context(self) -> int:
         """Longest sequence in tokens; a very large number where the model states none."""
         config = self.model.config.get_text_config()
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len"):
             value = getattr(config, key, None)
             if isinstance(value, int) and value > 0:
                 return value
@@ -136,63 +136,62 @@ class LM:
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, BOS once where the tokenizer wants it, dressed in the chat template if there is one.
 
-        Raises `CaseError` if the prompt leaves no room in the context, or gives no token.
+        Raises `CaseError` if the prompt leaves no room in the context, gives no token, holds a token that the embedding
+        lacks, or cannot be read back: the model would see another text.
         """
+        tokenizer = self.tokenizer
         if self.template is not None:
-            messages = [{"role": "user", "content": text}]
-            if self.template.system is not None:
-                messages.insert(0, {"role": "system", "content": self.template.system})
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise ModelError(f"{self.name} has no chat template; leave out --chat")
-            dressed = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(dressed, add_special_tokens=False).input_ids
+            shown = self.dressed(text)
+            ids = list(tokenizer(shown, add_special_tokens=False).input_ids)
         else:
-            ids = self.tokenizer(text, add_special_tokens=True).input_ids
-            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-            if len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
-                ids = ids[1:]
-            bare = self.tokenizer(text, add_special_tokens=False).input_ids
-            if ids and eos is not None and ids[-1] == eos and ids[-1:] != bare[-1:]:
-                ids = ids[:-1]
+            shown = text
+            ids = texts.encode_plain(tokenizer, text)
         if not ids:
             raise CaseError("the prompt gives no token; write at least one character")
+        texts.check_read_back(tokenizer, shown, self.name)
+        self._check_ids(ids, "the prompt")
         if len(ids) >= self.context:
             raise CaseError(
                 f"the prompt has {len(ids)} tokens, the context of {self.name} is {self.context}; shorten the prompt"
             )
         return ids
 
+    def dressed(self, text: str) -> str:
+        """A prompt as the model sees it: in its chat template where one was asked for, else as it is."""
+        return (
+            text if self.template is None else texts.dressed(self.tokenizer, self.template, text, self.name)
+        )
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return texts.decode(self.tokenizer, ids)
 
     def continuation(self, prompt: Sequence[int], generated: Sequence[int]) -> str:
         """Text of `generated` as it stands behind `prompt` (a tokenizer may drop the blank of a lone first token)."""
-        before = self.decode(prompt)
-        after = self.decode([*prompt, *generated])
-        return after[len(before) :] if after.startswith(before) else self.decode(generated)
+        return texts.continuation(self.tokenizer, prompt, generated)
 
     def encode_target(self, prompt: Sequence[int], target: str, prompt_text: str | None = None) -> list[int]:
         """Token ids that, behind the ids of the prompt, decode to exactly `target`.
 
-        Raises `CaseError` if the tokenizer cannot write the target.
+        prompt_text: what the user wrote as the prompt. Raises `CaseError` if the tokenizer cannot write the target, or
+        only with tokens that the embedding lacks.
         """
-        candidates = []
-        if prompt_text is not None and self.template is None:
-            joint = self.tokenizer(prompt_text + target, add_special_tokens=True).input_ids
-            if joint[: len(prompt)] == list(prompt):
-                candidates.append(joint[len(prompt) :])
-        candidates.append(self.tokenizer(target, add_special_tokens=False).input_ids)
-        for ids in candidates:
-            if ids and self.continuation(prompt, ids) == target:
-                return ids
-        written = self.continuation(prompt, candidates[-1])
-        unlike = next(
-            (i for i, (a, b) in enumerate(zip(target, written, strict=False)) if a != b), len(written)
-        )
-        raise CaseError(
-            f"the tokenizer of {self.name} cannot write the target: character {unlike} {target[unlike : unlike + 1]!r}"
-            f" comes back as {written[unlike : unlike + 1]!r}; use text that the tokenizer can make"
-        )
+        behind = None if prompt_text is None else self.dressed(prompt_text)
+        ids = texts.encode_target(self.tokenizer, prompt, target, behind, self.name)
+        self._check_ids(ids, "the target")
+        return ids
+
+    @cached_property
+    def n_embedded(self) -> int:
+        """How many token ids the input embedding has rows for."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        beyond = max(ids, default=0)
+        if beyond >= self.n_embedded:
+            raise CaseError(
+                f"{what} holds the token {self.decode([beyond])!r} (id {beyond}), and the embedding of {self.name} has"
+                f" {self.n_embedded} rows; leave the token out, or use the tokenizer that belongs to the model"
+            )
 
     def stop_ids(self) -> set[int]:
         """Ids that end generation: the model's and the tokenizer's end-of-sequence (end-of-turn) tokens."""
@@ -254,6 +253,8 @@ class LM:
     def pad(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """[batch, longest] ids, padded on the right: causal attention keeps the padding away from real tokens."""
         longest = max(map(len, sequences))
+        for sequence in sequences:
+            self._check_ids(sequence, "the text")
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
@@ -283,23 +284,13 @@ class LM:
                 batch = []
             batch.append(i)
 
-    def _greedy(self, max_new_tokens: int) -> GenerationConfig:
-        # Everything that could bend greedy decoding is stated, since unset values come from the model's own settings.
+    def _greedy(self, max_new_tokens: int) -> dict:
+        """What every generation states, whatever else it keeps to."""
         stops = sorted(self.stop_ids())
-        pad = self.tokenizer.pad_token_id
-        return GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stops or None,
-            pad_token_id=pad if pad is not None else (stops[0] if stops else 0),
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            use_cache=True,
-        )
+        # Any row of the embedding does: the mask hides padding in front, and what follows a stop is cut off.
+        pads = [self.tokenizer.pad_token_id, *stops, 0]
+        pad = next(p for p in pads if p is not None and p < self.n_embedded)
+        return {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None, "pad_token_id": pad}
 
     @torch.no_grad()
     def generate(
@@ -307,11 +298,13 @@ class LM:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         stops: Sequence[Stop | None] | None = None,
+        own_settings: bool = False,
     ) -> list[list[int]]:
         """Plain greedy continuations, one a prompt (ids), the stop token included where one was written.
 
         max_new_tokens: most tokens to write. stops: per prompt, where to halt besides end-of-sequence tokens (None: not).
-        Raises `CaseError` where prompt and continuation exceed the context.
+        own_settings: keep to the model's own generation settings, greedily. Raises `CaseError` where prompt and
+        continuation exceed the context, `ModelError` where the model's own settings cannot be run.
         """
         longest = max(map(len, prompts))
         if longest + max_new_tokens > self.context:
@@ -319,37 +312,64 @@ class LM:
                 f"{longest} prompt tokens and {max_new_tokens} new ones exceed the context of {self.context};"
                 " shorten the prompt or ask for fewer tokens"
             )
-        config = self._greedy(max_new_tokens)
-        ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
+        stated = self._greedy(max_new_tokens)
+        ids = torch.full((len(prompts), longest), stated["pad_token_id"], dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
+            self._check_ids(prompt, "the prompt")
             ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
             mask[row, longest - len(prompt) :] = 1
         stopping = [Halt(self, prompts, longest, stops)] if stops is not None else None
-        out = self.model.generate(
-            ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            generation_config=config,
-            stopping_criteria=stopping,
+        config = (
+            self.settings.config(**stated) if own_settings else GenerationConfig(do_sample=False, **stated)
         )
         ends = self.stop_ids()
+        with self._no_settings():
+            try:
+                out = self.model.generate(
+                    ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    generation_config=config,
+                    stopping_criteria=stopping,
+                )
+            except (
+                Exception
+            ) as error:  # settings that transformers refuses, or that need what is not installed
+                if not own_settings:
+                    raise
+                raise ModelError(
+                    f"the generation settings of {self.name} cannot be run ({' '.join(str(error).split())[:160]}); mend its"
+                    " generation_config.json, or leave out --verify-settings"
+                ) from error
         return [_until(row[longest:].tolist(), ends) for row in out]
 
-    def write(self, encoded: Encoded, case: Case) -> str:
+    @contextmanager
+    def _no_settings(self) -> Iterator[None]:
+        """Within: the model has no generation settings, from which transformers would take what a call leaves open."""
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            self.model.generation_config = own
+
+    def write(self, encoded: Encoded, case: Case, own_settings: bool = False) -> str:
         """What the model really writes behind the case's prompt: greedy text, up to where its stop ends it.
 
-        Equal to `case.target` exactly if the model writes the target and stops.
+        Equal to `case.target` exactly if the model writes the target and stops. own_settings: as for `generate`.
         """
-        return self.write_all([encoded], [case])[0]
+        return self.write_all([encoded], [case], own_settings)[0]
 
-    def write_all(self, encoded: Sequence[Encoded], cases: Sequence[Case]) -> list[str]:
+    def write_all(
+        self, encoded: Sequence[Encoded], cases: Sequence[Case], own_settings: bool = False
+    ) -> list[str]:
         """`write` for several cases in one batch."""
         stops = [e.stop or Stop.of("none", c.target) for e, c in zip(encoded, cases, strict=True)]
         budget = max(s.budget(len(e.target)) for s, e in zip(stops, encoded, strict=True))
         room = self.context - max(len(e.prompt) for e in encoded)
         if room < min(budget, max(len(e.target) for e in encoded)) and len(encoded) > 1:
-            return [self.write(e, c) for e, c in zip(encoded, cases, strict=True)]
-        generated = self.generate([e.prompt for e in encoded], min(budget, room), stops)
+            return [self.write(e, c, own_settings) for e, c in zip(encoded, cases, strict=True)]
+        generated = self.generate([e.prompt for e in encoded], min(budget, room), stops, own_settings)
         return [
             self._text(e, s, ids, c.target)
             for e, s, ids, c in zip(encoded, stops, generated, cases, strict=True)

