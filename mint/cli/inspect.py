@@ -35,6 +35,7 @@ def attribute(
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
+    adapter: o.Adapter = None,
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
@@ -55,7 +56,7 @@ def attribute(
     case = case_from_dict({"id": "case"} | texts, "command line")
     o.check_free(plot, force)
     with console.working() as say:
-        lm, _ = o.load(model, device, dtype, revision, chat, system, patch, say)
+        lm, _ = o.load(model, device, dtype, revision, chat, system, patch, say, adapter=adapter)
         from mint import attribution
 
         found = attribution.attribute(
@@ -109,6 +110,7 @@ def generate(
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
+    adapter: o.Adapter = None,
     as_json: o.Json = False,
 ) -> int:
     """Write what the model writes, greedily, with or without patches.
@@ -122,7 +124,7 @@ def generate(
         raise typer.BadParameter(f"unknown stop rule '{stop}'; known are eos, line, block")
     asked = o.text(prompt, prompt_file, "prompt")
     with console.working() as say:
-        lm, patches = o.load(model, device, dtype, revision, chat, system, patch, say)
+        lm, patches = o.load(model, device, dtype, revision, chat, system, patch, say, adapter=adapter)
         ids = lm.encode_prompt(asked)
         say("generating")
         room = min(max_new_tokens, lm.context - len(ids))

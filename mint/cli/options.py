@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mint import console
 from mint.case import STOPS
 from mint.console import Say
 from mint.errors import CaseError, MintError
@@ -20,6 +21,9 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread over GPUs.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Adapter = Annotated[
+    str | None, typer.Option(help="PEFT adapter, a directory or hub id, to merge into the model first.")
+]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Text before the fault, taken as is.")]
 Target = Annotated[
     str | None, typer.Option("--target", "-t", help="Text the model should write, taken as is.")
@@ -51,8 +55,9 @@ def load(
     patches: list[Path] | None = None,
     say: Say = lambda _: None,
     prepare: Callable[["LM"], object] | None = None,
+    adapter: str | None = None,
 ) -> tuple["LM", tuple["Patch", ...]]:
-    """Load a model, and apply patches to it in memory; returns both.
+    """Load a model, say what the user should know about it, and apply patches to it in memory; returns both.
 
     prepare: called before patches are applied, for what is measured once on the clean model and cached.
     """
@@ -73,8 +78,11 @@ def load(
         dtype=dtype,
         revision=revision,
         template=Template(system) if chat else None,
+        adapter=adapter,
         say=say,
     )
+    for line in lm.notes:
+        console.note(f"note: {line}")
     if read and prepare is not None:
         prepare(lm)
     for patch in read:

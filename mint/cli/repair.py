@@ -89,6 +89,7 @@ def repair(
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
+    adapter: o.Adapter = None,
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
@@ -140,7 +141,7 @@ def repair(
         )
         solve = pipeline.solver_named(solver)
         prepare = pipeline.default_preparation(wishes, say)
-        lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say, prepare)
+        lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say, prepare, adapter)
         wishes = pipeline.with_applied(wishes, applied)
         explained = (not as_json or report is not None) if explain is None else explain
         outcome = pipeline.repair(

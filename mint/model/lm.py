@@ -219,10 +219,10 @@ class LM:
             raise CaseError(f"case '{case.id}': the target is empty; write what the model should produce")
         prompt = self.encode_prompt(case.prompt)
         target = self.encode_target(prompt, case.target, case.prompt)
-        if len(prompt) + len(target) + 1 > self.context:
+        if len(prompt) + len(target) > self.context:
             raise CaseError(
-                f"case '{case.id}': prompt and target have {len(prompt) + len(target)} tokens, the context of"
-                f" {self.name} is {self.context}; shorten the prompt"
+                f"case '{case.id}': prompt and target have {len(prompt) + len(target)} tokens ({len(prompt)} and"
+                f" {len(target)}), the context of {self.name} is {self.context}; shorten the prompt"
             )
         early = next((t for t in target[:-1] if t in self.stop_ids()), None)
         if early is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
-from mint.errors import MintError
+from mint.errors import CaseError, MintError
 from mint.model.hooks import record
 from mint.model.lm import LM, Encoded
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
@@ -255,11 +255,25 @@ def _good(trial: Trial, task: _Task) -> bool:
 
 def _other_prompts(task: _Task) -> tuple[list[list[int]], int]:
     """Prompts behind which the neuron should fire as well, and how many of them mean the same (they come first)."""
-    lm, case = task.lm, task.problem.case
+    case = task.problem.case
     same = list(case.rephrasings) if task.settings.learn_rephrasings else []
     same += rephrase(case.prompt, task.recipe.variants, task.settings.seed)
     foreign = strangers(case.prompt, task.recipe.variants, task.settings.seed)
-    return [lm.encode_prompt(p) for p in same + foreign], len(same)
+    fitting = [_that_fit(task, prompts) for prompts in (same, foreign)]
+    return fitting[0] + fitting[1], len(fitting[0])
+
+
+def _that_fit(task: _Task, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts of our own making as ids, without those that are too long with the target, or cannot be encoded."""
+    found = []
+    for prompt in prompts:
+        try:
+            ids = task.lm.encode_prompt(prompt)
+        except CaseError:
+            continue
+        if len(ids) + len(task.problem.encoded.target) <= task.lm.context:
+            found.append(ids)
+    return found
 
 
 @dataclass(frozen=True)
