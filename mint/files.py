@@ -1,5 +1,6 @@
 """Write files whole or not at all. Knows nothing about what is in them."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -31,3 +32,14 @@ def write_file(path: str | Path, data: bytes | str, *, force: bool = False) -> P
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def jsonable(value: object) -> object:
+    """The same as JSON values: tuples and sets become lists, numbers that are none and whatever else is there, text."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | int | bool) else str(value)[:200]

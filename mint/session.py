@@ -1,36 +1,40 @@
-"""Repair cases on one model: attribute, solve, verify by generation, measure the side effects, accept or refuse.
+"""The one loop of the product: solve, prove, keep or refuse; in a row on one model, each protecting the ones before.
 
-The one loop of the product, and transactional: whatever happens, the model that was handed in keeps every bit, and a
-patch comes out only if the repaired model really wrote every target. Knows nothing about files or the command line.
+Transactional: whatever happens, the model that was handed in keeps every bit once the session is over, and a change is
+kept only if the changed model really wrote what was asked for and everything guarded. What is repaired is a `Job`: a
+case here, a rule in `mint.rules`. Knows nothing about files or the command line.
 """
 
 import copy
-import difflib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-from mint.case import Case, Keep, case_from_dict, case_to_dict
+from mint import guards
+from mint.case import Case, Keep, case_to_dict
 from mint.errors import CaseError, MintError
+from mint.files import jsonable
+from mint.guards import Guard
 from mint.measure import places, specificity
+from mint.measure.places import Places
 from mint.measure.specificity import Specificity
 from mint.model.lm import LM, Encoded
 from mint.model.loading import DTYPES
-from mint.model.stop import Stop
+from mint.model.margins import margins
 from mint.patch import Patch, compose, versions
 from mint.patch.export import describe
-from mint.reference import passages, reference_texts, statistics
-from mint.solver.problem import Problem, Settings, Solution, Solver, changed, margins
+from mint.solver.problem import Change, Problem, Settings, Solution, Solver, changed
+from mint.solver.stack import Stack, neurons_of
 
-KEEP_TOKENS = 32
-"""Most tokens of a model's own output that a `keep` prompt without a target protects."""
 SPECIFICITY = "specificity.jsonl"
+ALREADY_RIGHT = "the model already writes the target; no patch is needed"
 
 Say = Callable[[str], None]
 Attribute = Callable[[LM, Problem], Any]
@@ -42,7 +46,7 @@ _ASIDE = ("attribute", "statistics", "verdict", "contexts")
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asks of a repair, beyond the cases."""
+    """What the user asks of a session, beyond what is to be repaired."""
 
     settings: Settings = field(default_factory=Settings)
     solver: str = "mint"
@@ -56,6 +60,78 @@ class Wishes:
     """Patches that the model holds already: the repairs in them are protected, their neurons not used again."""
     contexts: bool = False
     """Whether contexts, wordings and near misses of every repair are measured (`mint.measure.places`)."""
+    effects: bool = True
+    """Whether side effects are measured on the lines that ship; an evaluation measures its own."""
+    any_change: bool = False
+    """Whether a change may touch more neurons than allowed, or whole matrices: for measuring baselines, since no patch
+    file holds those."""
+    protect: bool = True
+    """Whether a change that breaks a guard is refused. False measures editing as its literature does."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is called along the way; all optional."""
+
+    attribute: Attribute | None = None
+    """For every case that needs a repair, before it is solved; the result goes into `Repair.attribution`."""
+    judge: Judge | None = None
+    """For every accepted patch while it is not applied; the result goes into `Repair.verdict`."""
+    prepare: Prepare | None = None
+    """Once, before anything is solved, for what is cached per model and not part of a repair's time."""
+    say: Say = lambda _: None
+    """Told what happens."""
+
+
+class Refused(Exception):
+    """Ends one attempt; its text is the reason, one line."""
+
+
+class Job(Protocol):
+    """Something to repair. The model is as before whenever one of these is called, but for `prove`."""
+
+    kind: str
+    """Under which key of a patch's header `record` belongs: `cases` or `rules`."""
+
+    def solve(self, lm: LM, protected: "Protected") -> Solution:
+        """Find a change; leave the model as it is."""
+        ...
+
+    def prove(self, lm: LM) -> None:
+        """Called while the change is in: raise `Refused` unless the model really writes what was asked for."""
+        ...
+
+    def explain(self, lm: LM, change: Change) -> None:
+        """Called for a proven change while it is out: anything that should be known about it."""
+        ...
+
+    def guards(self) -> Sequence[Guard]:
+        """What later repairs must leave alone, once this one is kept."""
+        ...
+
+    def record(self, change: Change) -> dict:
+        """The entry of a patch's header about this repair, JSON values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Protected:
+    """What a job must leave alone: the fields of a `Problem` of the same names."""
+
+    keep: tuple[Encoded, ...] = ()
+    earlier: tuple[Encoded, ...] = ()
+    used: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What became of a job. Kept if `reason` is None."""
+
+    solution: Solution | None
+    change: Change | None
+    reason: str | None
+    timing: dict[str, float]
+    """Seconds by step: statistics (the first attempt), solve, verify."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +169,7 @@ class Repair:
     @property
     def neurons(self) -> list[dict]:
         """The neurons changed: layer, index, kind."""
-        edits = self.patch.edits if self.patch else ()
-        return [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in edits]
+        return _places(self.patch)
 
     @property
     def seconds(self) -> float:
@@ -112,25 +187,237 @@ class Outcome:
     """All accepted repairs as one patch; None if none was needed or found."""
     specificity: Specificity | None
     """Side effects of that patch on the reference set that ships; None without a patch."""
+    lost: tuple[str, ...] = ()
+    """Accepted repairs that the finished model, generating all of them once more, does not write: none, unless
+    rounding in batches differs."""
 
     @property
     def success(self) -> bool:
-        return all(r.success for r in self.repairs)
+        return not self.lost and all(r.success for r in self.repairs)
 
     @property
     def reason(self) -> str | None:
         """The first refusal."""
         failed = next((r for r in self.repairs if not r.success), None)
-        if failed is None:
-            return None
-        return failed.reason if len(self.repairs) == 1 else f"case '{failed.case.id}': {failed.reason}"
-
-
-class _Refused(Exception):
-    """Ends one case; its text is the reason."""
+        if failed is not None:
+            return failed.reason if len(self.repairs) == 1 else f"case '{failed.case.id}': {failed.reason}"
+        return (
+            f"case '{self.lost[0]}' did not hold to the end; ask for a larger --margin" if self.lost else None
+        )
 
 
 # ---------------------------------------------------------------------- the loop
+
+
+class Session:
+    """Repairs in a row on one model. A context manager: at its end everything is taken out, every bit as before.
+
+    `admit` what is to be repaired, so that bad cases are found before anything is solved; `repair` one case after
+    another, or `attempt` any other job; then `patch` and `effects` while the changes are still in.
+    """
+
+    def __init__(self, lm: LM, wishes: Wishes, solve: Solver, hooks: Hooks | None = None):
+        """solve: see `mint.solver.SOLVERS`. Raises `MintError` for wishes that make no sense."""
+        unknown = [d for d in wishes.verify_dtypes if d not in DTYPES]
+        if unknown:
+            raise MintError(f"unknown dtype '{unknown[0]}'; known are {', '.join(DTYPES)}")
+        self.lm, self.wishes, self.solve, self.hooks = lm, wishes, solve, hooks or Hooks()
+        self.stack = Stack(lm)
+        """The changes that were kept."""
+        self.kept: list[Guard] = []
+        """Outputs that must stay: of the wishes, and of every case admitted."""
+        self.earlier: list[Guard] = []
+        """Repairs that must stay, oldest first."""
+        self._records: list[tuple[str, dict]] = []
+        self._admitted: dict[str, tuple[Case, Encoded]] = {}
+        self._clean: specificity.Baseline | None = None
+        self._ready = self._prepared = False
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.clear()
+
+    # ------------------------------------------------------------------ what must hold
+
+    def admit(self, cases: Sequence[Case], strict: bool = True) -> None:
+        """Encode cases, and take their `keep` under protection: from here on, for every repair.
+
+        strict: raise `CaseError` where a case cannot be used, where two texts contradict each other, or where a `keep`
+        target does not hold now. Otherwise contradictions are left to the solver, and such a target is not kept.
+        """
+        new = [
+            (case, self.lm.encode(case, self.wishes.stop)) for case in cases if case.id not in self._admitted
+        ]
+        known = {case.id: (case, encoded) for case, encoded in [*self._admitted.values(), *new]}
+        if strict:
+            all_cases, encoded = zip(*known.values(), strict=True) if known else ((), ())
+            check_contradictions(self.lm, all_cases, encoded, self.wishes)
+        self._begin()
+        keep = [k for case, _ in new for k in case.keep]
+        self.kept += self._collected(keep, [case for case, _ in known.values()], strict)
+        self._admitted = known
+
+    def _begin(self) -> None:
+        """Once: what the model holds already, and what the wishes keep."""
+        if self._ready:
+            return
+        records = [c for p in self.wishes.applied for c in p.info.get("cases") or []]
+        self.earlier += guards.of_records(self.lm, records, self.wishes.stop)
+        self.kept += self._collected(self.wishes.keep, [], True)
+        self._ready = True
+
+    def _collected(self, keep: Sequence[Keep], cases: Sequence[Case], strict: bool) -> list[Guard]:
+        # What is a case of its own is protected once it is repaired, and need not hold before.
+        own = {(c.prompt, c.target) for c in cases}
+        wanted = [k for k in dict.fromkeys(keep) if (k.prompt, k.target) not in own]
+        found = guards.collect(self.lm, wanted, self.wishes.stop)
+        for asked, guard in zip(wanted, found, strict=True):
+            if strict and not guard.holds:
+                raise CaseError(
+                    f"keep: behind {_short(asked.prompt)} the model writes {_short(guards.written(self.lm, guard))},"
+                    f" not {_short(asked.target or '')}; only what holds now can be kept: make it a case of its own"
+                )
+        return [g for g in found if g.holds and g.encoded.target]
+
+    @property
+    def protected(self) -> Protected:
+        """What the next job must leave alone."""
+        return Protected(
+            tuple(g.encoded for g in self.kept),
+            tuple(g.encoded for g in self.earlier),
+            neurons_of(self.wishes.applied) | self.stack.used,
+        )
+
+    # ------------------------------------------------------------------ one job
+
+    def attempt(self, job: Job) -> Attempt:
+        """Solve a job, prove the change by generating, and keep it; or leave the model as it was, with the reason.
+
+        Whatever is raised leaves the model as it was before the call.
+        """
+        self._begin()
+        timing = self._prepare()
+        solution = None
+        try:
+            timing["solve"], solution = _timed(lambda: job.solve(self.lm, self.protected))
+            change = self._acceptable(solution)
+            started = time.perf_counter()
+            try:
+                with changed(self.lm, change):
+                    job.prove(self.lm)
+                    if self.wishes.protect:
+                        self._check_guards()
+            finally:
+                timing["verify"] = time.perf_counter() - started
+        except Refused as refusal:
+            return Attempt(solution, None, str(refusal), timing)
+        job.explain(self.lm, change)
+        found, record = job.guards(), job.record(change)
+        self.stack.put_in(change)
+        self.keep(found, job.kind, record)
+        return Attempt(solution, change, None, timing)
+
+    def guard(self, case: Case) -> Guard:
+        """The guard that an admitted case leaves once it is repaired."""
+        return guards.of_repair(case, self._admitted[case.id][1])
+
+    def keep(self, found: Iterable[Guard], kind: str | None = None, record: dict | None = None) -> None:
+        """Protect a repair that the model now holds; record: its entry in the header of the patch."""
+        self.earlier += found
+        if kind is not None and record is not None:
+            self._records.append((kind, record))
+
+    def _prepare(self) -> dict[str, float]:
+        """Before the first change: the clean model on what must not be disturbed."""
+        if self._prepared:
+            return {}
+        self._prepared = True
+        if self.wishes.effects:
+            self.hooks.say("measuring the model before the repair")
+            watched = measured_sequences(self.lm)
+            self._clean = specificity.baseline(self.lm, watched, states=specificity.late_layers(self.lm))
+        prepare = self.hooks.prepare
+        return {} if prepare is None else {"statistics": _timed(lambda: prepare(self.lm))[0]}
+
+    def _acceptable(self, solution: Solution) -> Change:
+        """The change of a solution, if it is one that may be kept at all."""
+        change, limit = solution.change, self.wishes.settings.max_neurons
+        if change is None:
+            raise Refused(solution.reason or f"solver '{solution.solver}' found nothing and gave no reason")
+        if self.wishes.any_change:
+            return change
+        if not isinstance(change, Patch):
+            raise Refused(
+                f"solver '{solution.solver}' changes whole matrices, which no patch file can hold; compare it with"
+                " `mint evaluate`, repair with --solver mint"
+            )
+        if len(change.edits) > limit:
+            raise Refused(
+                f"solver '{solution.solver}' needs {len(change.edits)} neurons, more than the {limit} allowed;"
+                " raise --max-neurons"
+            )
+        return change
+
+    def _check_guards(self) -> None:
+        found = [*self.kept, *self.earlier]
+        for guard, holds in zip(found, guards.still_hold(self.lm, found, quick=True), strict=True):
+            if not holds:
+                raise Refused(
+                    f"the edit breaks {guard.why}: behind {_short(self.lm.decode(guard.encoded.prompt)[-40:])} it writes"
+                    f" {_short(guards.written(self.lm, guard))} instead of {_short(guards.wanted(self.lm, guard))}"
+                )
+
+    # ------------------------------------------------------------------ one case
+
+    def repair(self, case: Case) -> Repair:
+        """Repair one case; what is kept is in the model until the session ends. Raises `CaseError`, see `admit`."""
+        if case.id not in self._admitted:
+            self.admit([case])
+        encoded = self._admitted[case.id][1]
+        seconds, before = _timed(lambda: self.lm.write(encoded, case))
+        timing = {"generate": seconds}
+        if before == case.target:
+            self.keep([guards.of_repair(case, encoded)])
+            return Repair(case, before, before, note=ALREADY_RIGHT, timing=timing)
+        job = _CaseJob(self, case, encoded, before)
+        attempt = self.attempt(job)
+        return job.repair(attempt, timing)
+
+    # ------------------------------------------------------------------ what came of it
+
+    def effects(self) -> Specificity | None:
+        """Side effects of all that is in the model; None if nothing is, or they were not asked for."""
+        if self._clean is None or not self.stack.patches:
+            return None
+        self.hooks.say("measuring what else changed")
+        since = min(edit.layer for patch in self.stack.patches for edit in patch.edits)
+        return specificity.compare(self.lm, self._clean, since=since)
+
+    def lost(self) -> tuple[str, ...]:
+        """Names of the repairs of this session, and of what is kept, that the model as it is now does not write."""
+        found = [*self.kept, *self.earlier]
+        held = guards.still_hold(self.lm, found)
+        return tuple(g.name for g, h in zip(found, held, strict=True) if not h)
+
+    def patch(self, effects: Specificity | None = None) -> Patch | None:
+        """All that was kept as one patch, with its provenance: what it repairs, the settings, what was measured."""
+        if not self.stack.patches:
+            return None
+        whole = compose(self.stack.patches) if len(self.stack.patches) > 1 else self.stack.patches[0]
+        info: dict[str, Any] = {}
+        for kind, record in self._records:
+            info.setdefault(kind, []).append(record)
+        info |= {
+            "solver": self.wishes.solver,
+            "stop": self.wishes.stop,
+            "chat": self.lm.template is not None,
+            "settings": _recorded(self.wishes.settings),
+            "measured": None if effects is None else jsonable(effects.as_dict()),
+            "versions": versions(),
+        }
+        return replace(whole, base=whole.base | {"layout": describe(self.lm)}, info=info)
 
 
 def repair(
@@ -146,145 +433,112 @@ def repair(
 ) -> Outcome:
     """Repair the cases one after another on one model; every repair protects the ones before it.
 
-    The model is bit-identical afterwards. solve: see `mint.solver.SOLVERS`. attribute: called for every case that needs
-    a repair, its result goes into `Repair.attribution`. judge: called for every accepted patch while it is not applied,
-    its result goes into `Repair.verdict`. prepare: called once if anything needs a repair, for what is cached per model
-    and not part of a repair's time. say: told what happens. A case without an acceptable repair is
-    refused in its `Repair`; `CaseError` is raised for cases that cannot be used, before anything is solved.
+    The model is bit-identical afterwards. solve: see `mint.solver.SOLVERS`. attribute, judge, prepare, say: see `Hooks`.
+    A case without an acceptable repair is refused in its `Repair`; `CaseError` is raised for cases that cannot be used,
+    before anything is solved.
     """
-    _check_wishes(wishes)
-    encoded = [lm.encode(case, wishes.stop) for case in cases]
-    check_contradictions(lm, cases, encoded, wishes)
-    clean, protected, taken = None, _earlier(lm, wishes), _neurons(wishes.applied)
-    repairs: list[Repair] = []
-    with ExitStack() as edits:
-        for number, case in enumerate(cases):
-            say(f"repairing {case.id}" + (f" ({number + 1} of {len(cases)})" if len(cases) > 1 else ""))
-            earlier = [*protected, *(e for e, r in zip(encoded, repairs, strict=False) if r.success)]
-            used = taken | _neurons([r.patch for r in repairs if r.patch])
-            done, before = _timed(lambda case=case, e=encoded[number]: lm.write(e, case))
-            timing = {"generate": done}
-            if before == case.target:
-                repairs.append(Repair(case, before, before, note=ALREADY_RIGHT, timing=timing))
-                continue
-            if clean is None:
-                say("measuring the model before the repair")
-                watched = measured_sequences(lm, wishes)
-                clean = specificity.baseline(lm, watched, states=specificity.late_layers(lm))
-                if prepare is not None:
-                    timing["statistics"], _ = _timed(lambda: prepare(lm))
-            problem = Problem(
-                case, encoded[number], _keeps(lm, case, wishes), tuple(earlier), frozenset(used)
-            )
-            accepted = _repair_one(lm, problem, wishes, solve, attribute, judge, say, before, timing)
-            repairs.append(accepted)
-            if accepted.patch is not None:
-                edits.enter_context(changed(lm, accepted.patch))
-        patches = [r.patch for r in repairs if r.patch is not None]
-        effects = None
-        if patches and clean is not None:
-            say("measuring what else changed")
-            since = min(edit.layer for patch in patches for edit in patch.edits)
-            effects = specificity.compare(lm, clean, since=since)
-    patch = None
-    if patches:
-        whole = compose(patches) if len(patches) > 1 else patches[0]
-        patch = _signed(lm, whole, [r for r in repairs if r.patch], wishes, effects)
-    return Outcome(tuple(repairs), patch, effects)
+    with Session(lm, wishes, solve, Hooks(attribute, judge, prepare, say)) as session:
+        session.admit(cases)
+        repairs = []
+        for number, case in enumerate(cases, start=1):
+            say(f"repairing {case.id}" + (f" ({number} of {len(cases)})" if len(cases) > 1 else ""))
+            repairs.append(session.repair(case))
+        effects = session.effects()
+        return Outcome(
+            tuple(repairs),
+            session.patch(effects),
+            effects,
+            session.lost() if len(session.stack.patches) > 1 else (),
+        )
 
 
-ALREADY_RIGHT = "the model already writes the target; no patch is needed"
+class _CaseJob:
+    """One case as a job of its session."""
 
+    kind = "cases"
 
-def _repair_one(
-    lm: LM,
-    problem: Problem,
-    wishes: Wishes,
-    solve: Solver,
-    attribute: Attribute | None,
-    judge: Judge | None,
-    say: Say,
-    before: str,
-    timing: dict[str, float],
-) -> Repair:
-    """Attribute, solve and verify one case; the model is as before when this returns or raises."""
-    with torch.no_grad():
-        found: dict[str, Any] = {
-            "tokens": tuple(lm.decode([t]) for t in problem.encoded.target),
-            "margins_before": tuple(margins(lm, problem.encoded).tolist()),
-        }
-    try:
-        if attribute is not None:
-            say(f"{problem.case.id}: looking for the neurons behind the fault")
-            timing["attribute"], found["attribution"] = _timed(lambda: attribute(lm, problem))
-        around = None
+    def __init__(self, session: Session, case: Case, encoded: Encoded, before: str):
+        self.session, self.case, self.encoded, self.before = session, case, encoded, before
+        self.problem = Problem(case, encoded)
+        self.around: Places | None = None
+        self.found: dict[str, Any] = {}
+        self.timing: dict[str, float] = {}
+
+    def solve(self, lm: LM, protected: Protected) -> Solution:
+        self.problem = Problem(self.case, self.encoded, protected.keep, protected.earlier, protected.used)
+        with torch.no_grad():
+            self.found["tokens"] = tuple(lm.decode([t]) for t in self.encoded.target)
+            self.found["margins_before"] = tuple(margins(lm, self.encoded).tolist())
+        hooks, wishes = self.session.hooks, self.session.wishes
+        if hooks.attribute is not None:
+            attribute = hooks.attribute
+            hooks.say(f"{self.case.id}: looking for the neurons behind the fault")
+            self.timing["attribute"], self.found["attribution"] = _timed(lambda: attribute(lm, self.problem))
         if wishes.contexts:
-            say(f"{problem.case.id}: writing behind near misses")
+            hooks.say(f"{self.case.id}: writing behind near misses")
             kept = [keep.prompt for keep in wishes.keep]
-            timing["contexts"], around = _timed(
-                lambda: places.prepare(lm, problem.case, wishes.stop, kept, wishes.settings.seed)
+            self.timing["contexts"], self.around = _timed(
+                lambda: places.prepare(lm, self.case, wishes.stop, kept, wishes.settings.seed)
             )
-        say(f"{problem.case.id}: solving")
-        timing["solve"], solution = _timed(lambda: solve(lm, problem, wishes.settings))
-        found["solution"] = solution
-        patch = _patch_of(solution, wishes)
-        say(f"{problem.case.id}: generating with the repair")
-        started = time.perf_counter()
-        try:
-            with changed(lm, patch):
-                found |= verify(lm, problem, wishes)
-        finally:
-            timing["verify"] = time.perf_counter() - started
+        hooks.say(f"{self.case.id}: solving")
+        self.timing["solve"], solution = _timed(lambda: self.session.solve(lm, self.problem, wishes.settings))
+        return solution
+
+    def prove(self, lm: LM) -> None:
+        self.session.hooks.say(f"{self.case.id}: generating with the repair")
+        self.found |= verify(lm, self.problem, self.session.wishes)
+
+    def explain(self, lm: LM, change: Change) -> None:
+        judge, around = self.session.hooks.judge, self.around
         if around is not None:
-            say(f"{problem.case.id}: writing in other contexts")
-            with changed(lm, patch):
-                seconds, found["places"] = _timed(lambda: places.measure(lm, around))
-            timing["contexts"] += seconds
-        if judge is not None:
-            say(f"{problem.case.id}: cause or carrier")
-            timing["verdict"], found["verdict"] = _timed(lambda: judge(lm, problem, patch))
-    except _Refused as refusal:
-        return Repair(problem.case, before, before, reason=str(refusal), timing=timing, **found)
-    return Repair(problem.case, before, problem.case.target, patch, timing=timing, **found)
+            self.session.hooks.say(f"{self.case.id}: writing in other contexts")
+            with changed(lm, change):
+                seconds, self.found["places"] = _timed(lambda: places.measure(lm, around))
+            self.timing["contexts"] += seconds
+        if judge is None or not isinstance(change, Patch):
+            return
+        self.session.hooks.say(f"{self.case.id}: cause or carrier")
+        self.timing["verdict"], self.found["verdict"] = _timed(lambda: judge(lm, self.problem, change))
 
+    def guards(self) -> list[Guard]:
+        return [guards.of_repair(self.case, self.encoded)]
 
-def _patch_of(solution: Solution, wishes: Wishes) -> Patch:
-    if solution.change is None:
-        raise _Refused(solution.reason or f"solver '{solution.solver}' found nothing and gave no reason")
-    if not isinstance(solution.change, Patch):
-        raise _Refused(
-            f"solver '{solution.solver}' changes whole matrices, which no patch file can hold; compare it with"
-            " `mint evaluate`, repair with --solver mint"
+    def record(self, change: Change) -> dict:
+        return case_to_dict(self.case) | {
+            "generated_before": self.before,
+            "margin_min": self.found["margin_min"],
+            "neurons": _places(change),
+        }
+
+    def repair(self, attempt: Attempt, timing: dict[str, float]) -> Repair:
+        """The attempt as a `Repair`; timing: of the steps before it."""
+        taken = timing | attempt.timing | self.timing
+        order = ("generate", "statistics", "attribute", "solve", "verify", "contexts", "verdict")
+        kept = attempt.reason is None
+        return Repair(
+            self.case,
+            self.before,
+            self.case.target if kept else self.before,
+            attempt.change if isinstance(attempt.change, Patch) else None,
+            attempt.reason,
+            solution=attempt.solution,
+            timing={step: taken[step] for step in order if step in taken},
+            **self.found,
         )
-    if len(solution.change.edits) > wishes.settings.max_neurons:
-        raise _Refused(
-            f"solver '{solution.solver}' needs {len(solution.change.edits)} neurons, more than the"
-            f" {wishes.settings.max_neurons} allowed; raise --max-neurons"
-        )
-    return solution.change
 
 
 def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
-    """Prove a repair on the model that holds it, by generating: the target, what is kept, and earlier repairs.
+    """Prove a repair on the model that holds it, by generating the target, in every dtype asked for.
 
-    Returns {margins_after, margin_min}. Raises `_Refused` with what came out instead.
+    Returns {margins_after, margin_min}. Raises `Refused` with what came out instead.
     """
     written = lm.write(problem.encoded, problem.case)
     if written != problem.case.target:
-        raise _Refused(f"the edited model writes {_short(written)} instead of {_short(problem.case.target)}")
-    for what, kept in (("keep", problem.keep), ("an earlier repair", problem.earlier)):
-        for one in kept:
-            again = lm.generate([one.prompt], len(one.target))[0]
-            if again != list(one.target):
-                raise _Refused(
-                    f"the edit breaks {what}: behind {_short(lm.decode(one.prompt)[-40:])} it writes"
-                    f" {_short(lm.continuation(one.prompt, again))} instead of"
-                    f" {_short(lm.continuation(one.prompt, one.target))}"
-                )
+        raise Refused(f"the edited model writes {_short(written)} instead of {_short(problem.case.target)}")
     for name in wishes.verify_dtypes:
         other = _in_dtype(lm, name).write(problem.encoded, problem.case)
         if other != problem.case.target:
-            raise _Refused(
+            raise Refused(
                 f"the repair holds in {str(lm.dtype).removeprefix('torch.')}, but in {name} the model writes"
                 f" {_short(other)}; ask for a larger --margin"
             )
@@ -298,67 +552,26 @@ def _in_dtype(lm: LM, name: str) -> LM:
     return replace(lm, model=copy.deepcopy(lm.model).to(DTYPES[name]), _modules={}, _parameters={})
 
 
-# ---------------------------------------------------------------------- what must hold
-
-
-def _check_wishes(wishes: Wishes) -> None:
-    unknown = [d for d in wishes.verify_dtypes if d not in DTYPES]
-    if unknown:
-        raise MintError(f"unknown dtype '{unknown[0]}'; known are {', '.join(DTYPES)}")
-
-
-def _keeps(lm: LM, case: Case, wishes: Wishes) -> tuple[Encoded, ...]:
-    """What must stay: targets where given (which the model must write now), else what the model writes now."""
-    found = []
-    for keep in (*wishes.keep, *case.keep):
-        if keep.target is None:
-            found.append(_own_output(lm, keep))
-            continue
-        kept = Case("keep", keep.prompt, keep.target)
-        encoded = lm.encode(kept, wishes.stop)
-        written = lm.write(encoded, kept)
-        if written != keep.target:
-            raise CaseError(
-                f"keep: behind {_short(keep.prompt)} the model writes {_short(written)}, not"
-                f" {_short(keep.target)}; only what holds now can be kept: make it a case of its own"
-            )
-        found.append(encoded)
-    return tuple(e for e in found if e.target)
-
-
-def _neurons(patches: Iterable[Patch]) -> frozenset[tuple[int, int]]:
-    return frozenset((e.layer, e.index) for p in patches for e in p.edits)
-
-
-def _earlier(lm: LM, wishes: Wishes) -> list[Encoded]:
-    """The repairs recorded in the patches that the model holds, as far as they hold (a patch may have been scaled)."""
-    found = []
-    for number, record in enumerate(c for p in wishes.applied for c in p.info.get("cases") or []):
-        try:
-            case = case_from_dict({k: record[k] for k in ("prompt", "target")} | {"id": f"earlier {number}"})
-            encoded = lm.encode(case, wishes.stop)
-        except (CaseError, KeyError, TypeError):
-            continue  # the record is for people; a patch without a usable one still applies
-        if lm.write(encoded, case) == case.target:
-            found.append(encoded)
-    return found
-
-
-def _own_output(lm: LM, keep: Keep) -> Encoded:
-    prompt = lm.encode_prompt(keep.prompt)
-    room = min(KEEP_TOKENS, lm.context - len(prompt))
-    return Encoded(tuple(prompt), tuple(lm.generate([prompt], room, [Stop("line", lines=2)])[0]))
+# ---------------------------------------------------------------------- what is checked and measured
 
 
 def check_contradictions(
-    lm: LM, cases: Sequence[Case], encoded: Sequence[Encoded], wishes: Wishes = Wishes()
+    lm: LM, cases: Sequence[Case], encoded: Sequence[Encoded], wishes: Wishes | None = None
 ) -> None:
-    """Raise `CaseError` if two cases, or a case and a kept target, want different tokens behind the same text."""
+    """Raise `CaseError` if two cases, or a case and a kept target, want different tokens behind the same text, or if the
+    present output of a case's own prompt is to be kept."""
+    wishes = wishes or Wishes()
     wanted: list[tuple[str, Encoded]] = [(f"case '{c.id}'", e) for c, e in zip(cases, encoded, strict=True)]
-    for keep in {k for c in cases for k in c.keep}.union(wishes.keep):
+    prompts = {c.prompt: c.id for c in cases}
+    for keep in dict.fromkeys([*wishes.keep, *(k for c in cases for k in c.keep)]):
         if keep.target is not None:
             kept = lm.encode(Case("keep", keep.prompt, keep.target), wishes.stop)
             wanted.append((f"keep {_short(keep.prompt)}", kept))
+        elif keep.prompt in prompts:
+            raise CaseError(
+                f"keep {_short(keep.prompt)} and case '{prompts[keep.prompt]}' contradict each other: one wants what the"
+                " model writes now, the other something else; drop one of them"
+            )
     says: dict[tuple[int, ...], tuple[str, int]] = {}
     for name, one in wanted:
         ids = one.ids
@@ -372,8 +585,8 @@ def check_contradictions(
                 )
 
 
-def measured_sequences(lm: LM, wishes: Wishes = Wishes()) -> list[specificity.Measured]:
-    """What side effects are measured on: the lines that ship, and the user's own reference text."""
+def measured_sequences(lm: LM) -> list[specificity.Measured]:
+    """What side effects are measured on: the lines that ship. Reference text is optimised on, so nothing is measured on it."""
     text = (resources.files("mint") / "data" / SPECIFICITY).read_text(encoding="utf-8")
     found = []
     for number, row in enumerate(map(json.loads, text.splitlines()), start=1):
@@ -382,37 +595,24 @@ def measured_sequences(lm: LM, wishes: Wishes = Wishes()) -> list[specificity.Me
             found.append(specificity.of_case(lm.encode(case, "none")))
         except CaseError:
             continue  # a tokenizer that cannot write a line, or a tiny context: the others do
-    if wishes.settings.reference:
-        own = reference_texts(wishes.settings.reference)[len(reference_texts()) :]
-        found += [specificity.of_ids(ids) for ids in passages(lm, own)]
     return found
 
 
-# ---------------------------------------------------------------------- the record
+# ---------------------------------------------------------------------- small
 
 
-def _signed(
-    lm: LM, patch: Patch, repairs: Sequence[Repair], wishes: Wishes, effects: Specificity | None
-) -> Patch:
-    """The patch with its provenance: the cases, the settings, what was measured, and where the weights live."""
-    info = {
-        "cases": [
-            case_to_dict(r.case)
-            | {"generated_before": r.generated_before, "margin_min": r.margin_min, "neurons": r.neurons}
-            for r in repairs
-        ],
-        "solver": wishes.solver,
-        "stop": wishes.stop,
-        "chat": lm.template is not None,
-        "settings": _jsonable(asdict(wishes.settings)),
-        "measured": None if effects is None else _jsonable(effects.as_dict()),
-        "versions": versions(),
-    }
-    return replace(patch, base=patch.base | {"layout": describe(lm)}, info=info)
+def _places(change: Change | None) -> list[dict]:
+    edits = change.edits if isinstance(change, Patch) else ()
+    return [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in edits]
 
 
-def _jsonable(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+def _recorded(settings: Settings) -> object:
+    """Settings for the header of a patch; of the user's own texts their names and digests, nothing of what they say."""
+    own = [
+        {"name": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        for path in settings.reference
+    ]
+    return jsonable(asdict(settings) | {"reference": own})
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -424,142 +624,3 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
 def _short(text: str, longest: int = 60) -> str:
     shown = repr(text)
     return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]
-
-
-# ---------------------------------------------------------------------- parts by name
-
-
-def solver_named(name: str) -> Solver:
-    """A solver of `mint.solver.SOLVERS`. Raises `MintError` for an unknown name, with the nearest and all known ones."""
-    from mint.solver import SOLVERS
-
-    if name not in SOLVERS:
-        near = difflib.get_close_matches(name, SOLVERS, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise MintError(f"unknown solver '{name}'; known are {', '.join(SOLVERS)}{hint}")
-    return SOLVERS[name]
-
-
-def with_applied(wishes: Wishes, patches: Sequence[Patch]) -> Wishes:
-    """The same wishes on a model that holds these patches already."""
-    return replace(wishes, applied=tuple(patches))
-
-
-def default_preparation(wishes: Wishes, say: Say) -> Prepare:
-    """The model's statistics on reference text, measured once and cached: what solvers and attribution ask for."""
-
-    def prepare(lm: LM) -> Any:
-        return statistics(lm, wishes.settings.reference, say)
-
-    return prepare
-
-
-def default_verdict() -> Judge:
-    """`mint.attribution.verdict`: were the edited neurons the cause of the fault, or do they carry the repair?"""
-    from mint.attribution import verdict
-
-    def judge(lm: LM, problem: Problem, patch: Patch) -> Any:
-        try:
-            return verdict(lm, problem, patch)
-        except CaseError:
-            return None  # no fault with the answer fed in: nothing to test
-
-    return judge
-
-
-def default_attribution(wishes: Wishes, exact: int = 32) -> Attribute:
-    """A quick `mint.attribution.attribute`: against the healthy mean, the best few checked exactly."""
-    from mint.attribution import attribute
-
-    def quick(lm: LM, problem: Problem) -> Any:
-        try:
-            return attribute(lm, problem, exact=exact, stability=False, seed=wishes.settings.seed)
-        except CaseError:
-            return None  # every token is right with the answer fed in: there is no fault to explain
-
-    return quick
-
-
-# ---------------------------------------------------------------------- as a page
-
-
-def report_page(lm: LM, outcome: Outcome) -> str:
-    """One HTML page about a repair. Raises `MintError` for several cases: `mint evaluate` writes their page."""
-    from mint.evaluation import page as report
-
-    if len(outcome.repairs) != 1:
-        raise MintError("--report shows one case; use `mint evaluate --out DIR` for the page of many")
-    (one,) = outcome.repairs
-    row = {
-        "case": one.case.id,
-        "solver": one.solution.solver if one.solution else "",
-        "status": "solved" if one.success else "refused",
-        "reason": one.reason or one.note,
-        "prompt": one.case.prompt,
-        "target": one.case.target,
-        "written_before": one.generated_before,
-        "written_after": one.generated_after,
-        "tokens": list(one.tokens),
-        "margins_before": list(one.margins_before),
-        "margins_after": list(one.margins_after or one.margins_before),
-        "efficacy": {"exact_match_generated": one.generated_after == one.case.target},
-        "edit": {"neurons": len(one.neurons), "places": one.neurons},
-        "specificity": {"other_tasks": outcome.specificity.as_dict()} if outcome.specificity else {},
-    }
-    shown = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
-    heatmap = None
-    if one.attribution is not None:
-        from mint.attribution import plots
-
-        heatmap = plots.svg(plots.heat_map(lm, one.attribution))
-    return report.repair_page(row, shown | ({"revision": lm.revision} if lm.revision else {}), heatmap)
-
-
-# ---------------------------------------------------------------------- as JSON
-
-
-def repair_as_dict(one: Repair) -> dict:
-    """JSON values of one case's repair."""
-    return {
-        "id": one.case.id,
-        "success": one.success,
-        "generated_before": one.generated_before,
-        "generated_after": one.generated_after,
-        "target": one.case.target,
-        "neurons": one.neurons,
-        "margin_min": one.margin_min,
-        "seconds": round(one.seconds, 4),
-        "timing": {step: round(seconds, 4) for step, seconds in one.timing.items()},
-        "reason": one.reason,
-        "note": one.note,
-        "attribution": one.attribution.to_json() if one.attribution else None,
-        "verdict": one.verdict.to_json() if one.verdict else None,
-        "details": _jsonable(one.solution.details) if one.solution else {},
-        **(one.places or dict.fromkeys(("contexts", "wordings", "near_misses"))),
-    }
-
-
-def outcome_as_dict(outcome: Outcome, patch_path: str | None) -> dict:
-    """The object that `mint repair --json` prints. With several cases the texts stand in `cases` only."""
-    single = repair_as_dict(outcome.repairs[0]) if len(outcome.repairs) == 1 else {}
-    margins_ = [r.margin_min for r in outcome.repairs if r.margin_min is not None]
-    steps = sorted({s for r in outcome.repairs for s in r.timing})
-    neurons = [n for r in outcome.repairs for n in r.neurons]
-    found = [r.places for r in outcome.repairs if r.places]
-    held = places.total(found) if found else dict.fromkeys(("contexts", "wordings", "near_misses"))
-    return {
-        "success": outcome.success,
-        "generated_before": single.get("generated_before"),
-        "generated_after": single.get("generated_after"),
-        "target": single.get("target"),
-        "neurons": neurons,
-        "margin_min": min(margins_, default=None),
-        "seconds": round(sum(r.seconds for r in outcome.repairs), 4),
-        "timing": {s: round(sum(r.timing.get(s, 0.0) for r in outcome.repairs), 4) for s in steps},
-        "specificity": outcome.specificity.as_dict() if outcome.specificity else None,
-        **held,
-        "patch": patch_path,
-        "reason": outcome.reason,
-        "note": single.get("note"),
-        "cases": [repair_as_dict(r) for r in outcome.repairs],
-    }

@@ -20,14 +20,17 @@ from pathlib import Path
 
 import torch
 
+from mint import guards
 from mint.case import Case, load_cases
 from mint.measure.specificity import baseline, compare, of_case, of_ids
 from mint.model.lm import LM, Encoded
 from mint.model.loading import BUILTIN, load_lm
-from mint.patch import apply, revert
+from mint.model.margins import margins
+from mint.patch import revert
 from mint.reference import passages, sample_layers, statistics
+from mint.session import Session, Wishes
 from mint.solver import SOLVERS
-from mint.solver.problem import Problem, Settings, changed, margins
+from mint.solver.problem import Problem, Settings, changed
 
 OTHERS = 24
 OTHERS_IN_A_ROW = 120
@@ -166,48 +169,38 @@ def summary(rows: list[dict]) -> dict:
     }
 
 
-def in_a_row(lm: LM, solver, settings: Settings, taken: list, watched: tuple, out: Path) -> None:
-    """All cases repaired on one model; earlier ones generated again at checkpoints; then every bit given back."""
+def in_a_row(lm: LM, options: argparse.Namespace, settings: Settings, taken: list, watched: tuple) -> None:
+    """All cases repaired in one session, as `mint repair --cases` does; earlier ones generated again at checkpoints."""
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
-    done, patches, used, failed = [], [], frozenset(), 0
-    for number, (case, encoded) in enumerate(taken, start=1):
-        problem = Problem(case, encoded, (), tuple(e for _, e in done), used)
-        solution = solver(lm, problem, settings)
-        if solution.change is None:
-            failed += 1
-            print(f"{number}: {solution.reason}", flush=True)
-        else:
-            apply(lm, solution.change)
-            patches.append(solution.change)
-            used |= {(e.layer, e.index) for e in solution.change.edits}
-            done.append((case, encoded))
-        print(f"{number} {solution.seconds:.2f} s", flush=True)
-        if number in CHECKPOINTS:
-            kept = [
-                text == case.target
-                for i in range(0, len(done), 16)
-                for text, (case, _) in zip(
-                    lm.write_all([e for _, e in done[i : i + 16]], [c for c, _ in done[i : i + 16]]),
-                    done[i : i + 16],
-                    strict=True,
-                )
-            ]
-            lost = [case.id for (case, _), k in zip(done, kept, strict=True) if not k]
+    wishes = Wishes(settings, options.solver, effects=False)
+    failed = 0
+    with Session(lm, wishes, SOLVERS[options.solver]) as session:
+        session.admit([case for case, _ in taken])
+        for number, (case, _) in enumerate(taken, start=1):
+            repair = session.repair(case)
+            failed += not repair.success
+            print(f"{number} {repair.seconds:.2f} s {repair.reason or ''}", flush=True)
+            if number not in CHECKPOINTS:
+                continue
+            held = guards.still_hold(lm, session.earlier)
             row = {
                 "repairs": number,
                 "failed": failed,
-                "retained_exact_match": sum(kept) / number,
-                "lost": lost,
+                "retained_exact_match": sum(held) / number,
+                "lost": [g.name for g, holds in zip(session.earlier, held, strict=True) if not holds],
+                "seconds": repair.seconds,
             }
             row |= side_effects(lm, watched, None)
-            with out.open("a") as stream:
+            with options.out.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-    random.Random(0).shuffle(patches)
-    for patch in patches:
-        revert(lm, patch)
+        patches = session.stack.patches
+        random.Random(0).shuffle(patches)
+        for patch in patches:
+            revert(lm, patch)
+        patches.clear()
     same = all(torch.equal(before[n], p) for n, p in lm.model.named_parameters())
-    print(f"reverted {len(patches)} patches in shuffled order: every weight bit-identical: {same}")
+    print(f"every patch reverted in shuffled order: every weight bit-identical: {same}")
 
 
 def main() -> None:
@@ -233,7 +226,7 @@ def main() -> None:
     watched = watch(lm, others)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.sequential:
-        in_a_row(lm, SOLVERS[options.solver], settings, taken, watched, options.out)
+        in_a_row(lm, options, settings, taken, watched)
         return
     rows = single(lm, SOLVERS[options.solver], settings, taken, watched, options.out)
     print(json.dumps(summary(rows), indent=1))

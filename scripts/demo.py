@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from mint import MintError, console, patch
-from mint import session as pipeline
+from mint import MintError, console, patch, session, solver
 from mint.case import Case
+from mint.cli import parts
 from mint.cli.repair import show_neurons
 from mint.model.lm import LM
 from mint.model.loading import BUILTIN, load_lm
@@ -57,15 +57,15 @@ def main() -> int:
     clean = digest(lm)
     print(f"sha256 of all {sum(p.numel() for p in lm.model.parameters()):,} weights: {clean[:32]}")
 
-    wishes = pipeline.Wishes()
-    outcome = pipeline.repair(
+    wishes = session.Wishes()
+    outcome = session.repair(
         lm,
         CASES,
         wishes,
-        pipeline.solver_named("mint"),
-        attribute=pipeline.default_attribution(wishes),
-        judge=pipeline.default_verdict(),
-        prepare=pipeline.default_preparation(wishes, say),
+        solver.named("mint"),
+        attribute=parts.quick_attribution(wishes),
+        judge=parts.cause_or_carrier(),
+        prepare=parts.preparation(wishes, say),
         say=say,
     )
     for one in outcome.repairs:

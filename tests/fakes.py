@@ -3,8 +3,9 @@
 import torch
 
 from mint.model.hooks import record
+from mint.model.margins import margins
 from mint.patch import Patch, identity, make_edit
-from mint.solver.problem import Solution, TensorChange, changed, margins
+from mint.solver.problem import Solution, TensorChange, changed
 
 SCALES = (1, 2, 4, 8, 16, 32, 64)
 

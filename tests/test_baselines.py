@@ -10,9 +10,10 @@ from mint.case import Case
 from mint.errors import MintError
 from mint.model.lm import Encoded
 from mint.model.loading import cache_dir
+from mint.model.margins import margins
 from mint.patch import Patch, applied, identity, make_edit, read_neuron
 from mint.solver.baselines import finetune, lora, matrices, mint_paper, random_controls, rank_one, star
-from mint.solver.problem import Problem, Settings, Solution, TensorChange, changed, margins, put_in, take_out
+from mint.solver.problem import Problem, Settings, Solution, TensorChange, changed, put_in, take_out
 from tests.conftest import FAMILIES, same_bits, tiny_lm, weights_of
 
 SOLVERS = {m.NAME: m.solve for m in (mint_paper, star, finetune, lora, rank_one)}

@@ -39,10 +39,10 @@ def fault(broken, monkeypatch, tmp_path):
     """The planted fault, with its solver in place and the working directory empty."""
     folder, case, undo = broken
     solver = undoing(undo)
-    monkeypatch.setattr("mint.session.solver_named", lambda name: solver)
-    monkeypatch.setattr("mint.session.default_attribution", lambda wishes: None)
-    monkeypatch.setattr("mint.session.default_verdict", lambda: None)
-    monkeypatch.setattr("mint.session.default_preparation", lambda wishes, say: None)
+    monkeypatch.setattr("mint.solver.named", lambda name: solver)
+    monkeypatch.setattr("mint.cli.parts.quick_attribution", lambda wishes: None)
+    monkeypatch.setattr("mint.cli.parts.cause_or_carrier", lambda: None)
+    monkeypatch.setattr("mint.cli.parts.preparation", lambda wishes, say: None)
     monkeypatch.chdir(tmp_path)
     return folder, case
 
@@ -126,7 +126,7 @@ def test_people_get_tables_on_stderr_and_the_path_on_stdout(fault, capsys):
 def test_a_target_already_written_is_success_without_a_patch(broken, capsys, tmp_path, monkeypatch):
     folder, _, _ = broken
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mint.session.solver_named", lambda name: None)
+    monkeypatch.setattr("mint.solver.named", lambda name: None)
     lm = load_lm(str(folder))
     ids, target = next((p, t) for p, t in written(lm, 3).items() if t)
     asked = ["-p", lm.decode(ids), "-t", target, "--stop", "none", "--json"]
@@ -142,9 +142,7 @@ def test_no_acceptable_repair_is_exit_3_and_no_file(fault, capsys, monkeypatch):
     from mint.solver.problem import Solution
 
     folder, case = fault
-    monkeypatch.setattr(
-        "mint.session.solver_named", lambda n: lambda *_: Solution("x", None, reason="too hard")
-    )
+    monkeypatch.setattr("mint.solver.named", lambda n: lambda *_: Solution("x", None, reason="too hard"))
     code, out, err = run(capsys, *repair_args(folder, case, "--json", "--out", "fix.safetensors"))
     result = json.loads(out)
     assert code == 3 and result["success"] is False and result["reason"] == "too hard"

@@ -8,7 +8,7 @@ import torch
 from mint.case import Case
 from mint.errors import MintError
 from mint.evaluation import drift, measuring
-from mint.evaluation.drift import Drift
+from mint.evaluation.drift import Drift, InARow
 from mint.evaluation.ledger import read_rows
 from mint.evaluation.measuring import Options
 from mint.patch import Patch, identity, make_edit
@@ -35,9 +35,8 @@ def model():
 def sequence(lm, folder, cases=CASES[:4], solver=column, options=None, pool=CASES, key="k", **limits):
     encoded, _ = measuring.usable(lm, pool, OPTIONS)
     stick = measuring.yardstick(lm, pool, encoded, others=CASES[5:], code=CODE, options=OPTIONS, seed=0)
-    return drift.run(
-        lm, cases, stick, "it", solver, Settings(), folder, key, replace(options or Drift(others=2), **limits)
-    )  # fmt: skip
+    limits = replace(options or Drift(others=2, protect=False), **limits)
+    return drift.run(lm, cases, stick, InARow("it", solver, Settings(), folder, key, limits))
 
 
 def test_stops_measure_everything_and_the_model_comes_back(model, tmp_path):
@@ -93,7 +92,7 @@ def test_a_change_that_does_not_repair_is_taken_out_again(model, tmp_path):
     assert (last["succeeded"], last["retained_exact_match"], last["exact_match_all"]) == (0, None, 0)
     assert (last["argmax_unchanged"], last["norm"]) == (1, 0)
     assert all(
-        "taken out again" in r["reason"]
+        "the edited model writes" in r["reason"]
         for r in read_rows(tmp_path / "steps.jsonl")
         if ":stop:" not in r["key"]
     )
@@ -196,3 +195,14 @@ def test_pass_at_1_is_measured_before_and_at_every_stop_and_only_once(model, tmp
     assert [r["pass_at_1"] for r in rows] == [0.25, 0.375, 0.5]
     assert {r["pass_at_1_before"] for r in rows} == {0.125}
     assert sequence(model, tmp_path, **programs)["rows"] == rows and len(asked) == 4
+
+
+def test_a_repair_that_breaks_an_earlier_one_is_refused_as_for_a_user(model, tmp_path):
+    """The same sequence measured as the editing literature does loses repairs; protected it refuses instead."""
+    loose = sequence(model, tmp_path / "loose")["rows"][-1]
+    assert loose["succeeded"] == 4 and loose["lost"]
+    kept = sequence(model, tmp_path / "kept", protect=True)["rows"][-1]
+    assert kept["retained_exact_match"] == 1 and kept["lost"] == [] and kept["succeeded"] < 4
+    steps = [r for r in read_rows(tmp_path / "kept" / "steps.jsonl") if ":stop:" not in r["key"]]
+    refused = [r["reason"] for r in steps if not r["succeeded"]]
+    assert refused and all(r.startswith("the edit breaks an earlier repair") for r in refused)

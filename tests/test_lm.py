@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from mint.case import Case
 from mint.errors import CaseError, ModelError
 from mint.model.lm import LM, Encoded, Template
+from mint.model.margins import margins
 from mint.model.stop import Stop
-from mint.solver.problem import margins
 from tests.conftest import byte_tokenizer, tiny_lm, tiny_model
 
 BOS = "Ā"

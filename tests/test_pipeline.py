@@ -14,10 +14,12 @@ import torch
 from mint import patch as P
 from mint.case import Case, Keep
 from mint.errors import CaseError, MintError
+from mint.evaluation.outcome import outcome_as_dict
 from mint.measure.specificity import Specificity
+from mint.model.margins import margins
 from mint.patch import edit
-from mint.session import Wishes, check_contradictions, outcome_as_dict, repair
-from mint.solver.problem import Settings, Solution, TensorChange, changed, margins
+from mint.session import Wishes, check_contradictions, repair
+from mint.solver.problem import Settings, Solution, TensorChange, changed
 from tests.conftest import same_bits, tiny_lm, weights_of
 
 WISHES = Wishes(stop="none")

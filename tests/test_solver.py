@@ -14,6 +14,7 @@ from mint.case import Case
 from mint.errors import MintError
 from mint.model.hooks import record
 from mint.model.lm import Encoded
+from mint.model.margins import margins
 from mint.patch import Patch, applied, apply, make_edit
 from mint.reference import passages, reference_lines, statistics
 from mint.solver import solve as minimal
@@ -21,7 +22,7 @@ from mint.solver import tail as tail_module
 from mint.solver.gate import STEEP, Background, Inputs, fit_rows
 from mint.solver.inputs import block_inputs, inputs_behind, inputs_of
 from mint.solver.paraphrase import rephrase, split_frame, strangers
-from mint.solver.problem import Problem, Settings, changed, margins
+from mint.solver.problem import Problem, Settings, changed
 from mint.solver.qp import smallest
 from mint.solver.tail import run_clean
 from tests.conftest import FAMILIES, same_bits, tiny_lm, weights_of

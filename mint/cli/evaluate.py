@@ -88,6 +88,14 @@ def evaluate(
     stop: o.Stop = "auto",
     chat: o.Chat = False,
     system: o.System = None,
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect/--no-protect",
+            help="With --sequential: refuse a repair that breaks an earlier one, as `mint repair` does; or keep it, as the"
+            " editing literature measures it.",
+        ),
+    ] = True,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
@@ -120,7 +128,7 @@ def evaluate(
         other_cases = None if others is None else load_cases(others)
         code = None if not heldout else [_text(p) for p in heldout]
         known_tests = judges.load_tests_beside(cases) if tests is None else judges.load_tests(tests)
-        drift = Drift(repairs=repairs)
+        drift = Drift(repairs=repairs, protect=protect)
         if programs is not None:
             drift = _with_programs(drift, programs, program_tokens)
         team = parallel.team()

@@ -1,5 +1,6 @@
 """`mint repair`: cases in, a patch file out, or a reason why not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -119,11 +120,14 @@ def repair(
     with console.working() as say:
         say("importing")
         from mint import patch as patches
-        from mint import session as pipeline
+        from mint import session
+        from mint import solver as solvers
+        from mint.cli import parts
+        from mint.evaluation.outcome import outcome_as_dict, repair_page
         from mint.files import write_file
         from mint.solver.problem import Settings
 
-        wishes = pipeline.Wishes(
+        wishes = session.Wishes(
             settings=Settings(
                 max_neurons=max_neurons,
                 margin=margin,
@@ -139,28 +143,28 @@ def repair(
             verify_dtypes=tuple(verify_dtype or []),
             contexts=contexts,
         )
-        solve = pipeline.solver_named(solver)
-        prepare = pipeline.default_preparation(wishes, say)
+        solve = solvers.named(solver)
+        prepare = parts.preparation(wishes, say)
         lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say, prepare, adapter)
-        wishes = pipeline.with_applied(wishes, applied)
+        wishes = replace(wishes, applied=applied)
         explained = (not as_json or report is not None) if explain is None else explain
-        outcome = pipeline.repair(
+        outcome = session.repair(
             lm,
             wanted,
             wishes,
             solve,
-            attribute=pipeline.default_attribution(wishes) if explained else None,
-            judge=pipeline.default_verdict() if explained else None,
+            attribute=parts.quick_attribution(wishes) if explained else None,
+            judge=parts.cause_or_carrier() if explained else None,
             prepare=prepare,
             say=say,
         )
-        page = None if report is None else pipeline.report_page(lm, outcome)
+        page = None if report is None else repair_page(lm, outcome)
         written = None
         if outcome.patch is not None and (outcome.success or partial):
             written = patches.save(outcome.patch, out or _free_name(), force=force)
         if report is not None and page is not None:
             write_file(report, page, force=force)
-    result = pipeline.outcome_as_dict(outcome, None if written is None else str(written))
+    result = outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:
         console.print_json(result)
     else:

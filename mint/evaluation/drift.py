@@ -6,12 +6,12 @@ as it came.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from mint import guards
 from mint.case import Case
 from mint.errors import MintError, PatchError
 from mint.evaluation import measuring
@@ -20,12 +20,14 @@ from mint.evaluation.measuring import Yardstick
 from mint.evaluation.progress import progress_bar
 from mint.measure import efficacy, specificity
 from mint.measure.specificity import Baseline
-from mint.model.lm import LM, Encoded
+from mint.model.lm import LM
 from mint.model.stop import Stop
 from mint.patch import Patch, compose, load, save
-from mint.solver.problem import Change, Problem, Settings, Solver, put_in, take_out
+from mint.session import Session, Wishes
+from mint.solver.problem import Change, Settings, Solver, put_in, take_out
+from mint.solver.stack import Stack
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -52,71 +54,22 @@ class Drift:
     """Their tests by case id: {before, after}."""
     program_tokens: int = 256
     """Most tokens to write for one program."""
-
-
-@dataclass
-class UnderRepair:
-    """The state of a model under repair: what was put in, in order, and which repairs succeeded."""
-
-    lm: LM
-    changes: list[Change] = field(default_factory=list)
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """Clean tensors that changes of whole matrices overwrote (copies of every step would not fit in memory)."""
-    repaired: list[Case] = field(default_factory=list)
-    encoded: list[Encoded] = field(default_factory=list)
-
-    @property
-    def patches(self) -> list[Patch]:
-        return [c for c in self.changes if isinstance(c, Patch)]
-
-    @property
-    def used(self) -> frozenset[tuple[int, int]]:
-        """Neurons that are taken."""
-        return frozenset((e.layer, e.index) for p in self.patches for e in p.edits)
-
-    def put_in(self, change: Change) -> None:
-        """Apply one more change."""
-        if not isinstance(change, Patch):
-            if self.patches:
-                raise MintError(
-                    "a solver returned patches and then whole matrices; it must return one kind of change"
-                )
-            for name, value in change.before.items():
-                self.originals.setdefault(name, value.clone())
-        put_in(self.lm, change)
-        self.changes.append(change if isinstance(change, Patch) else _Done())
-
-    @torch.no_grad()
-    def clear(self) -> None:
-        """Take everything out again, last first; works from any state."""
-        while self.changes:
-            change = self.changes.pop()
-            if isinstance(change, Patch) and not self.originals:
-                take_out(self.lm, change)
-        for name, value in self.originals.items():
-            self.lm.parameter(name).copy_(value)
-        self.originals.clear()
-
-    def norm(self) -> tuple[float, float]:
-        """Frobenius norm of the whole change, and its share of the norm of the matrices it touched."""
-        if self.originals:
-            pairs = [(o, self.lm.parameter(n).detach().cpu()) for n, o in self.originals.items()]
-            names = sorted(self.originals)
-        elif self.patches:
-            whole = compose(self.patches)
-            pairs = [(e.before[r], e.after[r]) for e in whole.edits for r in e.after]
-            blocks = {e.layer: self.lm.block(e.layer).slices(e.index) for e in whole.edits}
-            names = sorted({s.parameter for slices in blocks.values() for s in slices.values()})
-        else:
-            return 0.0, 0.0
-        changed = sum((a.float() - b.float()).square().sum(dtype=torch.float64).item() for b, a in pairs)
-        whole = sum(self.lm.parameter(n).detach().square().sum(dtype=torch.float64).item() for n in names)
-        return changed**0.5, (changed / whole) ** 0.5
+    protect: bool = True
+    """Whether a repair that breaks an earlier one is refused, as `mint repair` does; False: as the editing literature
+    measures it."""
 
 
 @dataclass(frozen=True)
-class _Done:
-    """A change of whole matrices that is in the model; its clean tensors are kept once for all."""
+class InARow:
+    """One sequence: which solver, with what settings, kept where, measured how."""
+
+    name: str
+    solver: Solver
+    settings: Settings
+    folder: Path
+    key: str
+    """Digest of all that the sequence depends on besides its cases and `drift`."""
+    drift: Drift
 
 
 @dataclass(frozen=True)
@@ -134,93 +87,86 @@ def run(
     lm: LM,
     cases: Sequence[Case],
     stick: Yardstick,
-    name: str,
-    solver: Solver,
-    settings: Settings,
-    folder: Path,
-    key: str,
-    drift: Drift,
+    row: InARow,
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict:
     """Repair `cases` one after the other on one model, and measure at every stop.
 
-    A repair is kept only if the model then writes the target by free generation; any other change is taken out again
-    and counts as failed. Returns {rows: one a stop, stopped: why it ended early or None, revert: what taking everything
-    out again gave}. `folder` keeps every step; a second call with the same `key` goes on from the last one (solvers that
-    change whole matrices start again, since their steps are too large to keep). The model is left as it came.
+    Every repair goes through a `Session`: it is kept only if the model then writes the target by free generation, and
+    (`Drift.protect`) everything kept and repaired before; any other change is taken out again and counts as failed.
+    Returns {rows: one a stop, stopped: why it ended early or None, revert: what taking everything out again gave}.
+    `row.folder` keeps every step; a second call with the same key goes on from the last one (solvers that change whole
+    matrices start again, since their steps are too large to keep). The model is left as it came.
     """
+    drift, folder = row.drift, row.folder
     cases = list(cases)[: drift.repairs]
-    key = measuring.digest([_FORMAT, key, name, [measuring.case_digest(c) for c in cases], _drift_key(drift)])
+    digests = [measuring.case_digest(c) for c in cases]
+    row = replace(row, key=measuring.digest([_FORMAT, row.key, row.name, digests, _drift_key(drift)]))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "patches").mkdir(exist_ok=True)
     ledger = Ledger(folder / "steps.jsonl")
-    clean = _clean(lm, cases, stick, drift, f"{key}:programs", ledger)
+    clean = _clean(lm, cases, stick, drift, f"{row.key}:programs", ledger)
     weights = measuring.weights_digest(lm)
-    state = UnderRepair(lm)
+    wishes = Wishes(
+        row.settings, row.name, stick.options.stop, effects=False, any_change=True, protect=drift.protect
+    )
     rows: list[dict] = []
     stopped, failures = None, 0
-    try:
-        with progress_bar(f"in a row: {name}", len(cases), progress) as step:
+    with Session(lm, wishes, row.solver) as session:
+        session.admit(cases, strict=False)
+        with progress_bar(f"in a row: {row.name}", len(cases), progress) as step:
             for number, case in enumerate(cases, start=1):
-                row = _step(
-                    state, case, stick, name, solver, settings, folder, f"{key}:{number}", ledger, say
-                )
-                failures = 0 if row["succeeded"] else failures + 1
+                done = _step(session, case, row, f"{row.key}:{number}", ledger, say)
+                failures = 0 if done["succeeded"] else failures + 1
                 stopped = _too_many(failures, number, len(cases), drift)
                 if number in drift.stops or number == len(cases) or stopped:
-                    rows.append(_stop(state, clean, number, f"{key}:stop:{number}", ledger, drift))
+                    rows.append(_stop(session, clean, number, f"{row.key}:stop:{number}", ledger, drift))
                     stopped = stopped or _given_up(rows[-1], number, len(cases), drift)
                 step(case.id)
                 if stopped:
-                    say(f"{name}, {number} repairs in a row: {stopped}")
+                    say(f"{row.name}, {number} repairs in a row: {stopped}")
                     break
-        revert = _revert(state, weights, settings.seed)
-    finally:
-        state.clear()
+        revert = _revert(session.stack, weights, row.settings.seed)
     return {"rows": [_public(r) for r in rows], "stopped": stopped, "revert": revert}
 
 
 def _drift_key(drift: Drift) -> list:
     programs = [measuring.case_digest(c) for c in drift.programs]
-    return [drift.others, programs, drift.program_tokens]
+    return [drift.others, programs, drift.program_tokens, drift.protect]
 
 
 # ---------------------------------------------------------------------- one step
 
 
-def _step(state, case, stick, name, solver, settings, folder, key, ledger, say) -> dict:
+def _step(session: Session, case: Case, row: InARow, key: str, ledger: Ledger, say: Callable) -> dict:
     """One repair: from the ledger if it was made before, else made now. The model holds it afterwards."""
-    path = folder / "patches" / f"{measuring.digest(key)}.safetensors"
+    path = row.folder / "patches" / f"{measuring.digest(key)}.safetensors"
     known = ledger.rows.get(key)
-    if known is not None and known["resumable"] and _again(state, known, path, say):
-        row = known
-    else:
-        row, patch = _repair(state, case, stick, name, solver, settings, say)
-        if patch is not None:
-            save(patch, path, force=True)  # before the row: a row on disk promises its patch
-        row["key"] = key
-        ledger.append(row)
-    if row["succeeded"]:
-        state.repaired.append(case)
-        state.encoded.append(stick.encoded[case.id])
-    return row
+    if known is not None and known["resumable"] and _again(session, case, known, path, say):
+        return known
+    done, change = _repair(session, case, row.name, say)
+    if isinstance(change, Patch):
+        save(change, path, force=True)  # before the row: a row on disk promises its patch
+    done["key"] = key
+    ledger.append(done)
+    return done
 
 
-def _again(state: UnderRepair, known: dict, path: Path, say: Callable) -> bool:
+def _again(session: Session, case: Case, known: dict, path: Path, say: Callable) -> bool:
     """Bring a step made before back into the model; False where its patch is gone."""
-    if not known["patch"]:
-        return True
-    try:
-        state.put_in(load(path))
-    except PatchError as error:
-        say(f"{path.name} cannot be used ({error}); this step is made again")
-        return False
+    if known["patch"]:
+        try:
+            session.stack.put_in(load(path))
+        except PatchError as error:
+            say(f"{path.name} cannot be used ({error}); this step is made again")
+            return False
+    if known["succeeded"]:
+        session.keep([session.guard(case)])
     return True
 
 
-def _repair(state, case, stick, name, solver, settings, say) -> tuple[dict, Patch | None]:
-    lm, encoded = state.lm, stick.encoded[case.id]
+def _repair(session: Session, case: Case, name: str, say: Callable) -> tuple[dict, Change | None]:
     row = {
         "case": case.id,
         "solver": name,
@@ -229,28 +175,24 @@ def _repair(state, case, stick, name, solver, settings, say) -> tuple[dict, Patc
         "patch": False,
         "reason": None,
     }
-    before = len(state.changes)
     change = None
     try:
-        keep = tuple(k.encoded for k in efficacy.encode_keep(lm, case.keep, stick.options.stop) if k.right)
-        problem = Problem(case, encoded, keep, tuple(state.encoded), state.used)
-        solution, wall = measuring.timed(solver, lm, problem, settings)
-        change = solution.change
-        row |= {"reason": solution.reason, "seconds": solution.seconds or wall}
-        if change is not None:
-            state.put_in(change)
-            row |= {"resumable": isinstance(change, Patch), "edit": measuring.describe_change(change)}
-        row["succeeded"] = lm.write(encoded, case) == case.target
-        if change is not None and not row["succeeded"]:
-            row["reason"] = "taken out again: the model did not write the target by free generation"
+        repair = session.repair(case)
     except Exception as error:
-        row |= {"succeeded": False, "reason": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        row["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         say(f"case '{case.id}', {name}: {row['reason']}")
-    if not row["succeeded"] and len(state.changes) > before:
-        take_out(lm, change)
-        state.changes.pop()
-    row["patch"] = row["succeeded"] and isinstance(change, Patch)
-    return row, change if row["patch"] else None
+        return row, None
+    solution = repair.solution
+    row |= {"succeeded": repair.success, "reason": repair.reason or repair.note}
+    if solution is not None:
+        found, change = solution.change, solution.change if repair.success else None
+        row |= {
+            "seconds": solution.seconds or repair.timing.get("solve"),
+            "resumable": found is None or isinstance(found, Patch),
+            "edit": measuring.describe_change(found),
+        }
+    row["patch"] = isinstance(change, Patch)
+    return row, change
 
 
 # ---------------------------------------------------------------------- measuring
@@ -277,17 +219,18 @@ def _clean(lm: LM, cases: list[Case], stick: Yardstick, drift: Drift, key: str, 
     return _Clean(others, code, measured_on, passed)
 
 
-def _stop(state: UnderRepair, clean: _Clean, number: int, key: str, ledger: Ledger, drift: Drift) -> dict:
+def _stop(session: Session, clean: _Clean, number: int, key: str, ledger: Ledger, drift: Drift) -> dict:
     """Everything after `number` repairs: from the ledger if it was measured before."""
     if key in ledger:
         return ledger.rows[key]
-    lm = state.lm
-    held, tokens = _retained(state)
-    since = None if state.originals else measuring.first_changed_layer(lm, state.patches)
+    lm, stack, repaired = session.lm, session.stack, session.earlier
+    held = guards.still_hold(lm, repaired)
+    tokens = [f.token_accuracy for f in efficacy.forced(lm, [g.encoded for g in repaired])]
+    since = None if stack.originals else measuring.first_changed_layer(lm, stack.patches)
     code = specificity.compare(lm, clean.code, since=since).as_dict()
     others = specificity.compare(lm, clean.others, since=since).as_dict() if clean.others else code
-    norm, share = state.norm()
-    done = len(state.repaired)
+    norm, share = stack.norm()
+    done = len(repaired)
     row = {
         "key": key,
         "repairs": number,
@@ -300,10 +243,10 @@ def _stop(state: UnderRepair, clean: _Clean, number: int, key: str, ledger: Ledg
         "kl_mean": others["kl_mean"],
         "perplexity_ratio": code["perplexity_ratio"],
         "measured_on": clean.measured_on,
-        "lost": [c.id for c, h in zip(state.repaired, held, strict=True) if not h],
+        "lost": [g.name for g, h in zip(repaired, held, strict=True) if not h],
         "others": others,
         "ordinary_code": code,
-        "neurons": len(state.used) if not state.originals else None,
+        "neurons": len(stack.used) if not stack.originals else None,
         "norm": norm,
         "norm_share": share,
     }
@@ -311,19 +254,6 @@ def _stop(state: UnderRepair, clean: _Clean, number: int, key: str, ledger: Ledg
         row |= {"pass_at_1": _pass_at_1(lm, drift), "pass_at_1_before": clean.pass_at_1}
     ledger.append(row)
     return row
-
-
-def _retained(state: UnderRepair, batch: int = 16) -> tuple[list[bool], list[float]]:
-    """Per successful repair: whether the model still writes its target by free generation, and token accuracy forced."""
-    order = sorted(range(len(state.repaired)), key=lambda i: (len(state.encoded[i].ids), i))
-    held = [False] * len(order)
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        written = state.lm.write_all([state.encoded[i] for i in part], [state.repaired[i] for i in part])
-        for i, text in zip(part, written, strict=True):
-            held[i] = text == state.repaired[i].target
-    tokens = [f.token_accuracy for f in efficacy.forced(state.lm, state.encoded)] if order else []
-    return held, tokens
 
 
 def _pass_at_1(lm: LM, drift: Drift) -> float:
@@ -397,15 +327,15 @@ def _given_up(row: dict, number: int, total: int, drift: Drift) -> str | None:
     return None
 
 
-def _revert(state: UnderRepair, weights: str, seed: int) -> dict:
+def _revert(stack: Stack, weights: str, seed: int) -> dict:
     """Take everything out, last first, then again in a shuffled order and as one composed patch; compare all bits.
 
     The shuffled order is tried where no two patches share a neuron (None where they do): only then does it exist. A
     solver that changes whole matrices has no patches to take out: its tensors are put back.
     """
-    lm, patches = state.lm, state.patches
-    whole_matrices = bool(state.originals)
-    state.clear()
+    lm, patches = stack.lm, list(stack.patches)
+    whole_matrices = bool(stack.originals)
+    stack.clear()
     found: dict = {
         "reverse_order": measuring.weights_digest(lm) == weights,
         "any_order": None,
@@ -423,10 +353,9 @@ def _revert(state: UnderRepair, weights: str, seed: int) -> dict:
 
 def _there_and_back(lm: LM, forth: Sequence[Patch], back: Sequence[Patch], weights: str) -> bool:
     """Whether putting `forth` in and taking `back` out gives the clean bits; if not, the clean bits are put back."""
-    state = UnderRepair(lm)
     try:
         for patch in forth:
-            state.put_in(patch)
+            put_in(lm, patch)
         for patch in back:
             take_out(lm, patch)
     except PatchError:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from mint import guards
 from mint.case import Case, case_from_dict, case_to_dict, read_jsonl
 from mint.errors import CaseError, MintError
+from mint.guards import Guard
 from mint.measure import efficacy, generalization, places, specificity
-from mint.measure.efficacy import Forced, Kept
+from mint.measure.efficacy import Forced
 from mint.measure.generalization import Rephrasings
 from mint.measure.places import Places
 from mint.measure.specificity import Baseline
@@ -260,7 +262,7 @@ class Clean:
     written: str
     forced: Forced
     rephrasings: Rephrasings
-    kept: list[Kept]
+    kept: list[Guard]
     neighbours: tuple[Case, ...]
     same_task: Baseline | None
     outputs: Baseline | None
@@ -280,7 +282,7 @@ def clean_facts(lm: LM, case: Case, stick: Yardstick) -> Clean:
         lm.write(encoded, case),
         efficacy.forced(lm, [encoded])[0],
         generalization.prepare(lm, case, options.stop),
-        efficacy.encode_keep(lm, case.keep, options.stop),
+        guards.collect(lm, case.keep, options.stop),
         tuple(near),
         baseline(lm, [specificity.of_case(e) for e in near_encoded]) if near else None,
         _outputs(lm, near_encoded[: options.outputs], near[: options.outputs]),
@@ -300,7 +302,7 @@ def _outputs(lm: LM, encoded: Sequence[Encoded], cases: Sequence[Case]) -> Basel
 def problem_of(clean: Clean) -> Problem:
     """What a solver is given: the case, and the `keep` outputs that the clean model really writes."""
     return Problem(
-        clean.case, clean.encoded, tuple(k.encoded for k in clean.kept if k.right and k.encoded.target)
+        clean.case, clean.encoded, tuple(k.encoded for k in clean.kept if k.holds and k.encoded.target)
     )
 
 
@@ -319,7 +321,7 @@ def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
         outputs = (
             specificity.compare(lm, clean.outputs, 0, since).sequences_unchanged if clean.outputs else None
         )
-        kept = [efficacy.still_kept(lm, k) for k in clean.kept]
+        kept = guards.still_hold(lm, clean.kept)
         around = places.measure(lm, clean.places) if clean.places else None
     return {
         "written_before": clean.written,
@@ -346,9 +348,9 @@ def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
         "neighbours": [c.id for c in clean.neighbours],
         "keep": {
             "asked": len(kept),
-            "right_before": sum(k.right for k in clean.kept),
+            "right_before": sum(k.holds for k in clean.kept),
             "kept": sum(kept),
-            "broken": sum(k.right and not now for k, now in zip(clean.kept, kept, strict=True)),
+            "broken": sum(k.holds and not now for k, now in zip(clean.kept, kept, strict=True)),
         },
         "edit": describe_change(solution.change),
         "places": around,

@@ -19,13 +19,14 @@ from mint.evaluation import drift as drift_module
 from mint.evaluation import measuring, parallel, summary
 from mint.evaluation import page as report
 from mint.evaluation.controls import NO_EDIT, Control
-from mint.evaluation.drift import Drift
+from mint.evaluation.drift import Drift, InARow
 from mint.evaluation.ledger import Ledger
 from mint.evaluation.measuring import Clean, Options, Skipped, Yardstick
 from mint.evaluation.progress import progress_bar
-from mint.files import write_file
+from mint.files import jsonable, write_file
 from mint.model.lm import LM
 from mint.patch import Patch, identity, save, versions
+from mint.solver import SOLVERS, named
 from mint.solver.problem import Settings, Solution, Solver
 
 _FORMAT = 2
@@ -119,12 +120,10 @@ def evaluate(
 
 def named_solvers(names: Sequence[str], registry: Mapping[str, Solver] | None = None) -> dict[str, Solver]:
     """Solvers by name, in the order asked for. Raises `MintError` for an unknown name, with the known ones."""
-    if registry is None:
-        from mint.solver import SOLVERS
-
-        registry = SOLVERS
     if not names:
-        raise MintError(f"name at least one solver; known are {', '.join(registry)}")
+        raise MintError(f"name at least one solver; known are {', '.join(registry or SOLVERS)}")
+    if registry is None:
+        return {name: named(name) for name in dict.fromkeys(names)}
     for name in names:
         if name not in registry:
             raise MintError(f"unknown solver '{name}'; known are {', '.join(registry)}")
@@ -269,7 +268,7 @@ def _measured(lm: LM, plan: Plan, clean: Clean, name: str, solution: Solution, w
         "margin_min": solution.margin_min,
         "seconds": solution.seconds or wall,
         "seconds_wall": wall,
-        "details": _json(solution.details),
+        "details": jsonable(solution.details),
         **found,
     }
 
@@ -305,21 +304,6 @@ def _failure(error: Exception, say: Callable, case: Case, name: str) -> dict:
     }
 
 
-def _json(value: object) -> object:
-    """Details of a solver as JSON values, whatever it put there (a number that is none becomes text)."""
-
-    def clean(item: object) -> object:
-        if isinstance(item, dict):
-            return {str(k): clean(v) for k, v in item.items()}
-        if isinstance(item, list | tuple | set | frozenset):
-            return [clean(v) for v in item]
-        if isinstance(item, float):
-            return item if item == item and abs(item) != float("inf") else str(item)
-        return item if item is None or isinstance(item, str | int | bool) else str(item)[:200]
-
-    return clean(value)
-
-
 # ---------------------------------------------------------------------- drift, merging, summary
 
 
@@ -329,11 +313,8 @@ def _run_drifts(
     """Drift of every solver; a sequence is one process's work, so processes share the solvers."""
     found = {}
     for name in team.share(list(plan.solvers)):
-        folder = plan.out / "drift" / name
-        found[name] = drift_module.run(
-            lm, plan.chosen, plan.stick, name, plan.solvers[name], plan.settings, folder, plan.key, drift,
-            progress and team.main, say,
-        )  # fmt: skip
+        row = InARow(name, plan.solvers[name], plan.settings, plan.out / "drift" / name, plan.key, drift)
+        found[name] = drift_module.run(lm, plan.chosen, plan.stick, row, progress and team.main, say)
         if measuring.weights_digest(lm) != plan.clean_weights:
             raise MintError(
                 f"solver '{name}' left the model changed after its repairs in a row; leave it out"
@@ -388,9 +369,9 @@ def _summary(lm, plan, rows, drifts, dropped, found, limit, drift) -> dict:
             if r["status"] == "error"
         ],
         "model": identity(lm),
-        "settings": _json(asdict(plan.settings)),
+        "settings": jsonable(asdict(plan.settings)),
         "options": asdict(plan.stick.options),
-        "drift_options": _json(asdict(drift)) if drift else None,
+        "drift_options": jsonable(asdict(drift)) if drift else None,
         "key": plan.key,
         "versions": versions(),
     }

@@ -1,5 +1,8 @@
 """Solvers by name: the minimal-edit solver and the baselines beside it."""
 
+import difflib
+
+from mint.errors import MintError
 from mint.solver import solve as minimal
 from mint.solver.baselines import finetune, lora, mint_paper, random_controls, rank_one, star
 from mint.solver.problem import Solver
@@ -13,3 +16,12 @@ SOLVERS: dict[str, Solver] = {
     "lora": lora.solve,
     "random": random_controls.solve,
 }
+
+
+def named(name: str) -> Solver:
+    """A solver of `SOLVERS`. Raises `MintError` for an unknown name, with the nearest and all known ones."""
+    if name not in SOLVERS:
+        near = difflib.get_close_matches(name, SOLVERS, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise MintError(f"unknown solver '{name}'; known are {', '.join(SOLVERS)}{hint}")
+    return SOLVERS[name]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mint.case import Case
 from mint.model.lm import LM, Encoded
+from mint.model.margins import margins as margins  # where solvers look for them
+from mint.model.margins import margins_of as margins_of
 from mint.patch import Patch
 from mint.patch import apply as apply_patch
 from mint.patch import revert as revert_patch
@@ -118,15 +120,3 @@ def changed(lm: LM, change: Change | None) -> Iterator[LM]:
         yield lm
     finally:
         take_out(lm, change)
-
-
-def margins(lm: LM, encoded: Encoded) -> Tensor:
-    """Teacher-forced margins of a case, [target tokens]: target logit minus the best other logit."""
-    return margins_of(lm.logits([encoded.ids], [encoded.positions]), encoded.target)
-
-
-def margins_of(logits: Tensor, target: tuple[int, ...]) -> Tensor:
-    """Margins [n] of target ids against logits [n, vocab]."""
-    wanted = torch.tensor(target, device=logits.device)
-    own = logits.gather(1, wanted[:, None])[:, 0]
-    return own - logits.scatter(1, wanted[:, None], float("-inf")).amax(1)

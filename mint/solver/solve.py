@@ -17,15 +17,17 @@ from torch import Tensor
 from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
 from mint.errors import CaseError, MintError
+from mint.guards import first_broken
 from mint.model.hooks import record
-from mint.model.lm import LM, Encoded
+from mint.model.lm import LM
+from mint.model.margins import margins, margins_of
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
 from mint.reference import Statistics, sample_layers, statistics
 from mint.solver.column import Trial, fit_columns, fit_levels_too, shrink
 from mint.solver.gate import Background, InputRows, Inputs, fit_rows
 from mint.solver.inputs import inputs_behind, inputs_of
 from mint.solver.paraphrase import rephrase, strangers
-from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
+from mint.solver.problem import Problem, Settings, Solution
 from mint.solver.tail import Clean, Tail, run_clean
 
 NAME = "mint"
@@ -495,20 +497,9 @@ def _holds(task: _Task, patch: Patch, details: dict) -> tuple[float, str | None]
         heard = details.get("heard_by", range(first, first + len(problem.earlier)))
         earlier = [(i - first, problem.earlier[i - first]) for i in heard if i >= first]
         for name, guards in (("kept output", list(enumerate(problem.keep))), ("earlier repair", earlier)):
-            if (broken := _first_broken(lm, [guard for _, guard in guards])) is not None:
+            if (broken := first_broken(lm, [guard for _, guard in guards])) is not None:
                 return least, f"{name} {guards[broken][0] + 1} would change"
     return least, None
-
-
-def _first_broken(lm: LM, guards: Sequence[Encoded]) -> int | None:
-    """Index of a text whose target is no longer written, teacher-forced; None if all are."""
-    for indices, logits in lm.batched_logits([g.ids for g in guards], [g.positions for g in guards]):
-        wanted = torch.tensor([t for i in indices for t in guards[i].target], device=logits.device)
-        wrong = (logits.argmax(1) != wanted).nonzero().flatten()
-        if len(wrong):
-            ends = torch.tensor([len(guards[i].target) for i in indices]).cumsum(0)
-            return indices[int((ends <= int(wrong[0])).sum())]
-    return None
 
 
 def solve_at(lm: LM, problem: Problem, settings: Settings, neurons: Sequence[tuple[int, int]]) -> Solution:

@@ -12,6 +12,7 @@ import time
 import torch
 
 from mint.model.lm import LM
+from mint.model.margins import margins, margins_of
 from mint.solver.baselines.matrices import (
     ALREADY_RIGHT,
     changed_matrices,
@@ -23,7 +24,7 @@ from mint.solver.baselines.matrices import (
     traced,
     wanted_margin,
 )
-from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
+from mint.solver.problem import Problem, Settings, Solution
 
 NAME = "finetune"
 RATE = 1e-2

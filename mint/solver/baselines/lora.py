@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mint.errors import MintError
 from mint.model.lm import LM
+from mint.model.margins import margins, margins_of
 from mint.solver.baselines.matrices import (
     ALREADY_RIGHT,
     changed_matrices,
@@ -28,7 +29,7 @@ from mint.solver.baselines.matrices import (
     restored,
     wanted_margin,
 )
-from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
+from mint.solver.problem import Problem, Settings, Solution
 
 NAME = "lora"
 RANK = 8

@@ -34,10 +34,11 @@ from torch import Tensor
 from mint.case import case_to_dict
 from mint.model.hooks import override
 from mint.model.lm import LM
+from mint.model.margins import margins, margins_of
 from mint.model.suffix import record_states, suffix_logits
 from mint.patch import Patch, identity, make_edit, versions
 from mint.solver.baselines.matrices import ALREADY_RIGHT, chosen_layers, refused, wanted_margin
-from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
+from mint.solver.problem import Problem, Settings, Solution
 
 NAME = "mint-paper"
 CANDIDATES = 10

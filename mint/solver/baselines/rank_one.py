@@ -29,6 +29,7 @@ from mint.errors import MintError
 from mint.model.hooks import record
 from mint.model.lm import LM, Encoded
 from mint.model.loading import cache_dir
+from mint.model.margins import margins, margins_of
 from mint.model.suffix import States, record_states, suffix_logits
 from mint.reference import passages, reference_key, reference_texts, store_tensors
 from mint.solver.baselines.matrices import (
@@ -40,7 +41,7 @@ from mint.solver.baselines.matrices import (
     restored,
     wanted_margin,
 )
-from mint.solver.problem import Problem, Settings, Solution, margins, margins_of
+from mint.solver.problem import Problem, Settings, Solution
 
 NAME = "rank-one"
 DEPTH = 0.6

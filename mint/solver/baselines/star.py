@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mint.model.hooks import record
 from mint.model.lm import LM
+from mint.model.margins import margins
 from mint.solver.baselines.matrices import (
     ALREADY_RIGHT,
     Trace,
@@ -36,7 +37,7 @@ from mint.solver.baselines.matrices import (
     wanted_margin,
 )
 from mint.solver.baselines.mint_paper import UNFIT, fits, semantic_rows
-from mint.solver.problem import Problem, Settings, Solution, margins
+from mint.solver.problem import Problem, Settings, Solution
 
 NAME = "star"
 RATE = 1e-2

@@ -1,0 +1,44 @@
+"""What `mint repair` plugs into a session: the quick attribution, the verdict, the statistics measured beforehand."""
+
+from mint.attribution import Attribution, attribute, verdict
+from mint.attribution.verdict import Verdict
+from mint.console import Say
+from mint.errors import CaseError
+from mint.model.lm import LM
+from mint.patch import Patch
+from mint.reference import Statistics, statistics
+from mint.session import Attribute, Judge, Prepare, Wishes
+from mint.solver.problem import Problem
+
+
+def preparation(wishes: Wishes, say: Say) -> Prepare:
+    """The model's statistics on reference text, measured once and cached: what solvers and attribution ask for."""
+
+    def prepare(lm: LM) -> Statistics:
+        return statistics(lm, wishes.settings.reference, say)
+
+    return prepare
+
+
+def quick_attribution(wishes: Wishes, exact: int = 32) -> Attribute:
+    """`mint.attribution.attribute` against the healthy mean, the best few neurons checked exactly."""
+
+    def quick(lm: LM, problem: Problem) -> Attribution | None:
+        try:
+            return attribute(lm, problem, exact=exact, stability=False, seed=wishes.settings.seed)
+        except CaseError:
+            return None  # every token is right with the answer fed in: there is no fault to explain
+
+    return quick
+
+
+def cause_or_carrier() -> Judge:
+    """`mint.attribution.verdict`: were the edited neurons the cause of the fault, or do they carry the repair?"""
+
+    def judge(lm: LM, problem: Problem, patch: Patch) -> Verdict | None:
+        try:
+            return verdict(lm, problem, patch)
+        except CaseError:
+            return None  # no fault with the answer fed in: nothing to test
+
+    return judge
