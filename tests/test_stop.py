@@ -118,7 +118,7 @@ def test_a_text_that_never_stops_is_not_the_target(lm):
     lm.tokenizer.add_tokens(["<nothing>"])
     case = Case("a", "some words", "ok")
     encoded = lm.encode(case, "eos")
-    lm.generate = lambda prompts, n, stops=None: [list(encoded.target[:2])]
+    lm.generate = lambda prompts, n, *_: [list(encoded.target[:2])]
     assert lm.write(encoded, case) == "ok" + UNENDED
 
 
