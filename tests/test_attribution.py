@@ -41,6 +41,7 @@ def flat_statistics(lm, key="k") -> Statistics:
         inputs_mean=[torch.zeros(b.d_model) for b in blocks],
         neurons_mean=[torch.full((b.d_ff,), 0.01) for b in blocks],
         neurons_square=[torch.ones(b.d_ff) for b in blocks],
+        neurons_energy=[torch.ones(b.d_ff) for b in blocks],
         sample={},
         key=key,
     )

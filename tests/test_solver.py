@@ -16,7 +16,6 @@ from mint.model.hooks import record
 from mint.model.lm import Encoded
 from mint.model.margins import margins
 from mint.patch import Patch, applied, apply, make_edit
-from mint.reference import passages, reference_lines, statistics
 from mint.solver import solve as minimal
 from mint.solver import tail as tail_module
 from mint.solver.gate import STEEP, Background, Inputs, fit_rows
@@ -271,16 +270,6 @@ def test_inputs_of_guarded_texts_are_the_models_own_and_remembered(lm, monkeypat
         torch.testing.assert_close(x, block_inputs(lm, 1, [ids])[0], atol=1e-5, rtol=1e-5)
     monkeypatch.setattr("mint.solver.inputs.block_inputs", None)
     assert inputs_of(lm, 1, texts, frozenset())[1] is found[1]
-
-
-def test_every_input_of_the_reference_lines_is_kept(lm):
-    lines = passages(lm, reference_lines())
-    kept = statistics(lm).sample[1]
-    wanted = block_inputs(lm, 1, [lines[0], lines[-1]])
-    for row in torch.cat(wanted):
-        assert float((kept.float() - row).abs().amax(1).min()) < 1e-2
-    assert len(kept) > sum(map(len, lines))
-    assert all(line.count("\n") == 2 for line in reference_lines())
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(3, 12))

@@ -6,16 +6,22 @@ from mint.console import Say
 from mint.errors import CaseError
 from mint.model.lm import LM
 from mint.patch import Patch
-from mint.reference import Statistics, statistics
+from mint.reference import Statistics, sample_layers, statistics
 from mint.session import Attribute, Judge, Prepare, Wishes
 from mint.solver.problem import Problem
 
 
-def preparation(wishes: Wishes, say: Say) -> Prepare:
-    """The model's statistics on reference text, measured once and cached: what solvers and attribution ask for."""
+def preparation(wishes: Wishes, say: Say, explained: bool = False) -> Prepare:
+    """The model's statistics on reference text, measured once and cached: what solvers and attribution ask for.
+
+    explained: whether attribution follows, which asks for the neurons of all layers.
+    """
 
     def prepare(lm: LM) -> Statistics:
-        return statistics(lm, wishes.settings.reference, say)
+        layers = wishes.settings.layers or sample_layers(lm)
+        found = statistics(lm, wishes.settings.reference, say)
+        found.measure(layers, None if explained else layers)
+        return found
 
     return prepare
 

@@ -144,10 +144,10 @@ def repair(
             contexts=contexts,
         )
         solve = solvers.named(solver)
-        prepare = parts.preparation(wishes, say)
+        explained = (not as_json or report is not None) if explain is None else explain
+        prepare = parts.preparation(wishes, say, explained)
         lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say, prepare, adapter)
         wishes = replace(wishes, applied=applied)
-        explained = (not as_json or report is not None) if explain is None else explain
         outcome = session.repair(
             lm,
             wanted,

@@ -7,9 +7,32 @@ the nonlinearity and, in gated blocks, after the product. This module knows noth
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mint.model.lm import LM
+
+
+class _Reached(Exception):
+    """Ends a forward once what is looked for is known."""
+
+
+@contextmanager
+def stopped_after(module: nn.Module) -> Iterator[None]:
+    """Within: a forward of the model ends where this module has run, and the block ends with it.
+
+    What hooks have recorded by then stays; what the forward would have returned never comes.
+    """
+
+    def stop(*_):
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
 
 
 @contextmanager

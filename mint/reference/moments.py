@@ -1,13 +1,15 @@
 """Statistics of a model on reference text: what a layer's inputs and neurons look like when nothing is wrong.
 
-The text ships with mint (`data/reference/`, written for it); users add their own. Results are cached per model and
-keyed by all they depend on. Knows nothing about faults.
+The text ships with mint (`data/reference/`, written for it); users add their own. A layer is measured when it is first
+asked for, in forwards that end at the topmost layer in question, and cached per model, keyed by all it depends on.
+Knows nothing about faults.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -17,35 +19,52 @@ from torch import Tensor, nn
 
 from mint.errors import PatchError
 from mint.files import write_file
-from mint.model.hooks import record, record_block_inputs
+from mint.model.hooks import record, record_block_inputs, stopped_after
 from mint.model.lm import LM
 from mint.model.loading import cache_dir
 from mint.reference.texts import WINDOW, passages, reference_lines, reference_texts
 
-_VERSION = 5
+_VERSION = 6
 SAMPLE_DEPTHS = (0.8, 0.9, 0.67, 0.5)
-"""Layers, as shares of all, whose single inputs are kept too: where the solver edits, in the order it tries them."""
-SAMPLE_TOKENS = 8192
-"""Most single inputs kept a layer, evenly spaced over the passages; all those of the single lines come on top."""
+"""Layers, as shares of all, in which the solver edits, in the order it tries them."""
+PASSAGE_TOKENS = 6144
+"""Most tokens of the passages that ship, evenly spread over them; as many again of the user's own text."""
+LINE_TOKENS = 4608
+"""Most tokens of the single lines that ship."""
+_BATCH_TOKENS = 768
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Second moments over all tokens of the reference text, per layer. float32 on CPU."""
+    """Moments over the reference text, by layer. float32 on CPU; a layer that was not measured yet is when it is read.
+
+    Reading one layer costs one pass over the text up to that layer; iterating, one pass for all that are missing.
+    `measure` fetches several things in one pass.
+    """
 
     tokens: int
-    inputs_second: list[Tensor]
+    """Tokens of the passages that the moments are taken over."""
+    inputs_second: Sequence[Tensor]
     """C = E[x x'] of block inputs, [d_model, d_model] a layer."""
-    inputs_mean: list[Tensor]
+    inputs_mean: Sequence[Tensor]
     """mu = E[x], [d_model] a layer."""
-    neurons_mean: list[Tensor]
+    neurons_mean: Sequence[Tensor]
     """E[n], [d_ff] a layer, without the first token of each passage, where models park outliers a thousand times larger
     than anything behind it: with them the mean is no typical value."""
-    neurons_square: list[Tensor]
-    """E[n^2], [d_ff] a layer."""
-    sample: dict[int, Tensor]
-    """Single block inputs of the layers of `sample_layers`, layer -> [tokens kept, d_model], float16."""
+    neurons_square: Sequence[Tensor]
+    """E[n^2], [d_ff] a layer, over the same tokens as `neurons_mean`."""
+    neurons_energy: Sequence[Tensor]
+    """E[n^2], [d_ff] a layer, over all tokens, the first ones too: what is lost where the neuron is overwritten."""
+    sample: Mapping[int, Tensor]
+    """Single block inputs, layer -> [tokens, d_model] float16: those of the passages, then those of the single lines."""
     key: str
+    """SHA-256 of all that the statistics depend on."""
+    measure: Callable[[Iterable[int], Iterable[int] | None], None] = field(
+        default=lambda *_: None, repr=False, compare=False
+    )
+    """measure(inputs, neurons): have the inputs of some layers and the neurons of some (None: all), in one pass."""
 
 
 def sample_layers(lm: LM) -> list[int]:
@@ -54,52 +73,151 @@ def sample_layers(lm: LM) -> list[int]:
     return list(dict.fromkeys(layers))
 
 
-_MEMO: "WeakKeyDictionary[nn.Module, dict[tuple, Statistics]]" = WeakKeyDictionary()
+_INPUTS, _NEURONS = ("second", "mean", "sample"), ("mean", "square", "energy")
+_FIELDS = {"inputs": _INPUTS, "neurons": _NEURONS}
+_Parts = dict[tuple[str, int], dict[str, Tensor]]
+"""(`inputs` or `neurons`, layer) -> field -> tensor."""
+
+
+@dataclass
+class _Known:
+    """What is known of one model on one text; kept as long as the model lives."""
+
+    key: str
+    tokens: int
+    parts: _Parts = field(default_factory=dict)
+
+
+_MEMO: "WeakKeyDictionary[nn.Module, dict[tuple, _Known]]" = WeakKeyDictionary()
 
 
 def statistics(
-    lm: LM, extra: Sequence[str | Path] = (), say: Callable[[str], None] = lambda _: None, cache: bool = True
+    lm: LM, extra: Sequence[str | Path] = (), say: Say = lambda _: None, cache: bool = True
 ) -> Statistics:
-    """Statistics of the model on the reference text; from the cache if they are there.
+    """Statistics of the model on the reference text, measured layer by layer as they are read.
 
-    extra: the user's own text files. One forward a passage; memory is one d_model x d_model matrix a layer.
+    extra: the user's own text files. say: told what happens; if it has a method `progress(text, done, total)`, that is
+    told the tokens done. cache: read and write the cache on disk. Edits of a few neurons hardly move these averages: what
+    is known of a live model stays valid while it carries some, but a pass over an edited model never goes to the disk.
+    Time: at most `PASSAGE_TOKENS` + `LINE_TOKENS` tokens up to the topmost layer asked for, as many more with own text.
+    Memory: one d_model x d_model matrix and about as many inputs [tokens, d_model] a layer read.
     """
     texts = reference_texts(extra)
-    # Edits of a few neurons hardly move these averages: a live model is measured once, not again after each repair.
+    shipped = len(reference_texts())
     memo = _MEMO.setdefault(lm.model, {})
-    place = (tuple(texts), lm.dtype)
+    place = (tuple(texts), lm.dtype, lm.layout.blocks)
     if place not in memo:
-        memo[place] = _cached(lm, texts, say, cache)
-    return memo[place]
+        chosen = _chosen(lm, texts, shipped)
+        memo[place] = _Known(reference_key(lm, texts), sum(map(len, chosen)))
+    known = memo[place]
+
+    def measure(inputs: Iterable[int], neurons: Iterable[int] | None) -> None:
+        wanted = [("inputs", layer) for layer in inputs]
+        wanted += [("neurons", layer) for layer in (range(lm.n_layers) if neurons is None else neurons)]
+        missing = [part for part in wanted if part not in known.parts]
+        if cache:
+            known.parts |= _read(known.key, missing)
+            missing = [part for part in missing if part not in known.parts]
+        if missing:
+            found = _measure(lm, _chosen(lm, texts, shipped), missing, say)
+            known.parts |= found
+            if cache and reference_key(lm, texts) == known.key:
+                _store(known.key, found)
+
+    def field_of(kind: str, name: str) -> "_ByLayer":
+        def read(layers: Sequence[int]) -> list[Tensor]:
+            measure(*((layers, ()) if kind == "inputs" else ((), layers)))
+            return [known.parts[kind, layer][name] for layer in layers]
+
+        return _ByLayer(read, lm.n_layers)
+
+    return Statistics(
+        known.tokens,
+        inputs_second=field_of("inputs", "second"),
+        inputs_mean=field_of("inputs", "mean"),
+        neurons_mean=field_of("neurons", "mean"),
+        neurons_square=field_of("neurons", "square"),
+        neurons_energy=field_of("neurons", "energy"),
+        sample=_Rows(field_of("inputs", "sample")),
+        key=known.key,
+        measure=measure,
+    )
 
 
-def _cached(lm: LM, texts: Sequence[str], say: Callable[[str], None], cache: bool) -> Statistics:
-    key = reference_key(lm, texts)
-    path = cache_dir() / "statistics" / f"{key}.safetensors"
-    if cache and path.exists():
-        try:
-            return _unpack(load_file(path), key)
-        except Exception:  # a damaged cache file is made again, whatever is wrong with it
-            path.unlink(missing_ok=True)
-    say("measuring the model on reference text (once per model)")
-    found = _measure(lm, passages(lm, texts), passages(lm, reference_lines()), key)
-    if cache:
-        _store(path, found)
-    return found
+class _ByLayer(Sequence):
+    """One tensor a layer, read when asked for; all in one go where they are iterated over."""
+
+    def __init__(self, read: Callable[[Sequence[int]], list[Tensor]], layers: int):
+        self._read, self._layers = read, layers
+
+    def __len__(self) -> int:
+        return self._layers
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if not -self._layers <= layer < self._layers:
+            raise IndexError(f"the model has layers 0 to {self._layers - 1}, found {layer}")
+        return self._read([layer % self._layers])[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._read(range(self._layers)))
+
+
+class _Rows(Mapping):
+    """The same as a mapping from layer to tensor."""
+
+    def __init__(self, layers: _ByLayer):
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in range(len(self)):
+            raise KeyError(layer)
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
 
 
 def reference_key(lm: LM, texts: Sequence[str]) -> str:
     """SHA-256 of all that statistics of the model on these texts depend on."""
     digest = hashlib.sha256()
-    digest.update(
-        json.dumps([_VERSION, WINDOW, lm.fingerprint, str(lm.dtype), lm.tokenizer_hash, texts]).encode()
-    )
+    amounts = [_VERSION, WINDOW, PASSAGE_TOKENS, LINE_TOKENS]
+    digest.update(json.dumps([*amounts, lm.fingerprint, str(lm.dtype), lm.tokenizer_hash, texts]).encode())
     digest.update(json.dumps(reference_lines()).encode())
     # Edits change the statistics of later layers: the weights that mint edits belong to the key.
     for block in lm.layout.blocks:
-        weight = lm.parameter(f"{block.out}.weight").detach()
-        digest.update(weight.float().sum(dim=block.out_axis, dtype=torch.float64).cpu().numpy().tobytes())
+        digest.update(_checksum(lm.parameter(f"{block.out}.weight").detach()).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksum(weight: Tensor) -> Tensor:
+    """Sums of the bits along the last axis as int64: exact, so the same on every device and with any number of threads."""
+    return weight.view(_BITS[weight.element_size()]).sum(-1, dtype=torch.int64)
+
+
+# ---------------------------------------------------------------------- the text
+
+
+def _spread(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """Sequences evenly spread over all of them, with at most about `tokens` tokens together."""
+    total, chosen, done = sum(map(len, sequences)), [], 0
+    for ids in sequences:
+        # A sequence joins when the share of the budget that is due before its end has not been spent.
+        done += len(ids)
+        if sum(map(len, chosen)) + len(ids) / 2 <= done * min(1.0, tokens / max(total, 1)):
+            chosen.append(ids)
+    return list(sequences) if total <= tokens else chosen
+
+
+def _chosen(lm: LM, texts: Sequence[str], shipped: int) -> list[Sequence[int]]:
+    """Passages of the text that ships and of the user's own, as many as are measured."""
+    own = passages(lm, texts[shipped:])
+    return [*_spread(passages(lm, texts[:shipped]), PASSAGE_TOKENS), *_spread(own, PASSAGE_TOKENS)]
 
 
 def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], Tensor]]:
@@ -107,7 +225,7 @@ def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence
     order = sorted(sequences, key=len)
     while order:
         batch = [order.pop()]
-        while order and (len(batch) + 1) * len(batch[0]) <= 1536:
+        while order and (len(batch) + 1) * len(batch[0]) <= _BATCH_TOKENS:
             batch.append(order.pop())
         real = torch.zeros(len(batch), len(batch[0]), dtype=torch.bool)
         for row, ids in enumerate(batch):
@@ -115,54 +233,93 @@ def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence
         yield batch, real
 
 
+# ---------------------------------------------------------------------- measuring
+
+
+class _Sums:
+    """Running sums over tokens by name, in float32 where the tokens are."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def over(self, name: str, count: int) -> Tensor:
+        return (self._sums[name] / max(count, 1)).cpu()
+
+
 @torch.no_grad()
 def _measure(
-    lm: LM, sequences: Sequence[Sequence[int]], lines: Sequence[Sequence[int]], key: str
-) -> Statistics:
-    layers = range(lm.n_layers)
-    sums = {
-        "inputs_second": [torch.zeros(b.d_model, b.d_model, dtype=torch.float64) for b in lm.layout.blocks],
-        "inputs_mean": [torch.zeros(b.d_model, dtype=torch.float64) for b in lm.layout.blocks],
-        "neurons_mean": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
-        "neurons_square": [torch.zeros(b.d_ff, dtype=torch.float64) for b in lm.layout.blocks],
-    }
-    samples: dict[int, list[Tensor]] = {layer: [] for layer in sample_layers(lm)}
+    lm: LM, sequences: Sequence[Sequence[int]], parts: Sequence[tuple[str, int]], say: Say
+) -> _Parts:
+    """The given parts in one pass over the sequences, and over the single lines where inputs are among them."""
+    inputs = sorted(layer for kind, layer in parts if kind == "inputs")
+    neurons = sorted(layer for kind, layer in parts if kind == "neurons")
+    lines = _spread(passages(lm, reference_lines()), LINE_TOKENS) if inputs else []
+    total, done = sum(map(len, [*sequences, *lines])), 0
     tokens = inner_tokens = 0
+    sums = {part: _Sums() for part in parts}
+    samples: dict[int, list[Tensor]] = {layer: [] for layer in inputs}
+
+    def tell() -> None:
+        text = "measuring the model on reference text (once per model)"
+        if hasattr(say, "progress"):
+            say.progress(text, done, total)
+        elif not done:
+            say(text)
+
+    tell()
     for batch, real in _batches(sequences):
         inner = real.clone()
         inner[:, 0] = False
-        tokens += int(real.sum())
-        inner_tokens += int(inner.sum())
-        with record(lm) as neurons, record_block_inputs(lm) as inputs:
-            lm.logits(batch, [[0] for _ in batch])
-        for layer in layers:
-            x = inputs[layer][real.to(inputs[layer].device)].float()
-            n = neurons[layer][real.to(neurons[layer].device)].float()
-            sums["inputs_second"][layer] += (x.T @ x).double().cpu()
-            if layer in samples:
-                samples[layer].append(x.half().cpu())
-            sums["inputs_mean"][layer] += x.sum(0).double().cpu()
-            at = inner.to(neurons[layer].device)
-            sums["neurons_mean"][layer] += neurons[layer][at].float().sum(0).double().cpu()
-            sums["neurons_square"][layer] += n.square().sum(0).double().cpu()
-    kept = {layer: [_thin(torch.cat(parts))] for layer, parts in samples.items()}
+        tokens, inner_tokens = tokens + int(real.sum()), inner_tokens + int(inner.sum())
+        seen_inputs, seen_neurons = _run(lm, batch, inputs, neurons)
+        for layer in inputs:
+            x = seen_inputs[layer][real.to(seen_inputs[layer].device)].float()
+            sums["inputs", layer].add("second", x.T @ x)
+            sums["inputs", layer].add("mean", x.sum(0))
+            samples[layer].append(x.half().cpu())
+        for layer in neurons:
+            n = seen_neurons[layer].float()
+            behind, first = n[inner.to(n.device)], n[:, 0]
+            sums["neurons", layer].add("mean", behind.sum(0))
+            sums["neurons", layer].add("square", behind.square().sum(0))
+            sums["neurons", layer].add("first", first.square().sum(0))
+        done += int(real.sum())
+        tell()
     for batch, real in _batches(lines):
-        with record_block_inputs(lm, list(kept)) as inputs:
-            lm.logits(batch, [[0] for _ in batch])
-        for layer, parts in kept.items():
-            parts.append(inputs[layer][real.to(inputs[layer].device)].half().cpu())
-    count = dict.fromkeys(sums, max(tokens, 1)) | {"neurons_mean": max(inner_tokens, 1)}
-    means = {name: [(s / count[name]).float() for s in values] for name, values in sums.items()}
-    return Statistics(
-        tokens, **means, sample={layer: torch.cat(parts) for layer, parts in kept.items()}, key=key
-    )
+        seen_inputs, _ = _run(lm, batch, inputs, ())
+        for layer in inputs:
+            samples[layer].append(seen_inputs[layer][real.to(seen_inputs[layer].device)].half().cpu())
+        done += int(real.sum())
+        tell()
+    found: _Parts = {}
+    for kind, layer in parts:
+        total_of = sums[kind, layer]
+        if kind == "inputs":
+            found[kind, layer] = {name: total_of.over(name, tokens) for name in ("second", "mean")}
+            found[kind, layer]["sample"] = torch.cat(samples[layer])
+        else:
+            found[kind, layer] = {name: total_of.over(name, inner_tokens) for name in ("mean", "square")}
+            behind = found[kind, layer]["square"] * (inner_tokens / max(tokens, 1))
+            found[kind, layer]["energy"] = behind + total_of.over("first", tokens)
+    return found
 
 
-def _thin(rows: Tensor) -> Tensor:
-    return rows[:: max(1, -(-len(rows) // SAMPLE_TOKENS))].contiguous()
+def _run(
+    lm: LM, batch: Sequence[Sequence[int]], inputs: Sequence[int], neurons: Sequence[int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Block inputs and activations [batch, tokens, ...] of some layers; nothing above the topmost runs."""
+    with ExitStack() as stack:
+        seen_inputs = stack.enter_context(record_block_inputs(lm, inputs))
+        seen_neurons = stack.enter_context(record(lm, neurons))
+        stack.enter_context(stopped_after(lm.layer(max([*inputs, *neurons]))))
+        lm.logits(batch, [[0] for _ in batch])
+    return seen_inputs, seen_neurons
 
 
-_FIELDS = ("inputs_second", "inputs_mean", "neurons_mean", "neurons_square")
+# ---------------------------------------------------------------------- the cache
 
 
 def store_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -174,15 +331,25 @@ def store_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         pass
 
 
-def _store(path: Path, found: Statistics) -> None:
-    tensors = {f"{name}.{i}": t for name in _FIELDS for i, t in enumerate(getattr(found, name))}
-    tensors |= {f"sample.{layer}": rows for layer, rows in found.sample.items()}
-    tensors["tokens"] = torch.tensor(found.tokens)
-    store_tensors(path, tensors)
+def _path(key: str, kind: str, layer: int) -> Path:
+    return cache_dir() / "statistics" / key / f"{kind}-{layer}.safetensors"
 
 
-def _unpack(tensors: dict[str, Tensor], key: str) -> Statistics:
-    n = sum(name.startswith("inputs_mean.") for name in tensors)
-    fields = {name: [tensors[f"{name}.{i}"] for i in range(n)] for name in _FIELDS}
-    sample = {int(name.split(".")[1]): rows for name, rows in tensors.items() if name.startswith("sample.")}
-    return Statistics(int(tensors["tokens"]), **fields, sample=sample, key=key)
+def _store(key: str, parts: _Parts) -> None:
+    for (kind, layer), tensors in parts.items():
+        store_tensors(_path(key, kind, layer), tensors)
+
+
+def _read(key: str, parts: Sequence[tuple[str, int]]) -> _Parts:
+    """Those of the parts that the cache holds."""
+    found: _Parts = {}
+    for kind, layer in parts:
+        path = _path(key, kind, layer)
+        if not path.exists():
+            continue
+        try:
+            tensors = load_file(path)
+            found[kind, layer] = {name: tensors[name] for name in _FIELDS[kind]}
+        except Exception:  # a damaged cache file is made again, whatever is wrong with it
+            path.unlink(missing_ok=True)
+    return found

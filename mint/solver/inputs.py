@@ -3,42 +3,23 @@
 Forwards stop at the layer. Inputs of guarded texts are remembered as long as the model lives.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mint.model.hooks import record_block_inputs
+from mint.model.hooks import record_block_inputs, stopped_after
 from mint.model.lm import LM
 
 _BATCH = 16
 _SEEN: "WeakKeyDictionary[nn.Module, dict[tuple, Tensor]]" = WeakKeyDictionary()
 
 
-class _Reached(Exception):
-    """Ends a forward once the layer's inputs are known."""
-
-
-@contextmanager
-def _stopped_after(module: nn.Module) -> Iterator[None]:
-    def stop(*_):
-        raise _Reached
-
-    handle = module.register_forward_hook(stop)
-    try:
-        yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
 def block_inputs(lm: LM, layer: int, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """Block inputs of a layer, float32 on CPU, one [tokens, d_model] a sequence."""
-    with record_block_inputs(lm, [layer]) as seen, _stopped_after(lm.module(lm.block(layer).gate.module)):
+    with record_block_inputs(lm, [layer]) as seen, stopped_after(lm.module(lm.block(layer).gate.module)):
         lm.logits(sequences, [[0] for _ in sequences])
     return [seen[layer][i, : len(s)].float().cpu() for i, s in enumerate(sequences)]
 

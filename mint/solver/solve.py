@@ -138,6 +138,7 @@ class _Task:
 def _prepare(lm: LM, problem: Problem, settings: Settings, layers: Sequence[int]) -> _Task:
     recipe = recipe_of(settings, len(problem.earlier))
     stats = statistics(lm, settings.reference)
+    stats.measure(layers, layers)
     clean = run_clean(lm, problem.encoded, layers)
     target = torch.tensor(problem.encoded.target)
     found = margins_of(clean.logits, problem.encoded.target)
@@ -183,7 +184,7 @@ class _Carrier:
 
 def _written(task: _Task, layer: int) -> Tensor:
     """Energy that each neuron of a layer writes on reference text, E[n^2] |column|^2, [d_ff]."""
-    return task.stats.neurons_square[layer] * task.lm.columns(layer).float().square().sum(1).cpu()
+    return task.stats.neurons_energy[layer] * task.lm.columns(layer).float().square().sum(1).cpu()
 
 
 def _energies(task: _Task, layer: int) -> Tensor:
@@ -192,10 +193,16 @@ def _energies(task: _Task, layer: int) -> Tensor:
     return energy / energy.sum().clamp_min(1e-30)
 
 
-def _blame(task: _Task) -> list[Tensor]:
-    """Linear score of every neuron for the sum of the faults, summed over positions; one tensor [d_ff] a layer."""
+def _blame(task: _Task, layers: Sequence[int]) -> list[Tensor]:
+    """Linear score of every neuron for the sum of the faults, summed over positions; one tensor [d_ff] a layer.
+
+    Against the healthy mean in `layers`, which is all that is measured; against zero in the others.
+    """
     faults = find_faults(task.lm, task.problem.encoded)
-    mean = task.stats.neurons_mean
+    mean = [
+        task.stats.neurons_mean[layer] if layer in layers else torch.zeros(block.d_ff)
+        for layer, block in enumerate(task.lm.layout.blocks)
+    ]
     if not faults:  # every token is right, some by too little: nothing to blame
         return [torch.zeros(block.d_ff) for block in task.lm.layout.blocks]
     return [
@@ -332,8 +339,8 @@ def _rows(task: _Task, layer: int, level: Tensor, around: _Surroundings, guard: 
         unlike=torch.cat([unlike_x, around.guarded]),
         unlike_weight=torch.cat(weights),
     )
-    sample = task.stats.sample.get(layer, torch.zeros(0, tail.inputs.shape[1]))
-    back = Background(task.stats.inputs_second[layer], task.stats.inputs_mean[layer], sample.float())
+    stats = task.stats
+    back = Background(stats.inputs_second[layer], stats.inputs_mean[layer], stats.sample[layer].float())
     lm = task.lm
     act = lm.layout.act(layer)
     return fit_rows(
@@ -401,10 +408,8 @@ def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Pa
     for carrier, level, column in zip(carriers, trial.levels, trial.columns, strict=False):
         rows = _rows(task, layer, level, around, guard)
         loud = torch.maximum(loud, rows.respond(around.guarded, act).abs() / rows.gain)
-        sample = task.stats.sample.get(layer)
-        if sample is not None:
-            answer = rows.respond(sample.float(), act) / rows.gain
-            cost += float(answer.square().mean() * column.square().sum())
+        answer = rows.respond(task.stats.sample[layer].float(), act) / rows.gain
+        cost += float(answer.square().mean() * column.square().sum())
         cost += float(_written(task, layer)[carrier.index])
         edits.append(_rewrite(task.lm, carrier, rows, column))
     details = {
@@ -452,7 +457,7 @@ def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tupl
     candidates = []
     for layer in layers:
         n = seen[layer][0].float().cpu()
-        selective = n[position].square() / task.stats.neurons_square[layer].clamp_min(1e-12)
+        selective = n[position].square() / task.stats.neurons_energy[layer].clamp_min(1e-12)
         for index in blame[layer].argsort()[:RESPONSIBLE].tolist():
             if blame[layer][index] < 0 and (layer, index) not in used:
                 candidates.append((float(selective[index]), layer, index, n[:, index]))
@@ -471,7 +476,7 @@ def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tupl
         patch = Patch((make_edit(lm, layer, index, {"out": column}),), identity(lm))
         energy = float(_energies(task, layer)[index])
         carrier = _Carrier(layer, index, "responsible", energy, float(blame[layer][index]))
-        cost = float(task.stats.neurons_square[layer][index] * trial.columns[0].square().sum())
+        cost = float(task.stats.neurons_energy[layer][index] * trial.columns[0].square().sum())
         details = {
             "iterations": iterations,
             "selectivity": selective,
@@ -586,7 +591,11 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     if not task.fire.any():
         return _already(task)
     single = int(task.fire.sum()) == 1
-    blame = _blame(task) if settings.where == "responsible" or (settings.where == "auto" and single) else None
+    blame = (
+        _blame(task, layers)
+        if settings.where == "responsible" or (settings.where == "auto" and single)
+        else None
+    )
     tried: list[dict] = []
     value: Solution | None = None
     if blame is not None and (found := _value_edit(task, blame, layers)):
