@@ -29,7 +29,7 @@ from mint.model.lm import LM, Encoded
 from mint.model.loading import DTYPES
 from mint.model.margins import margins
 from mint.patch import Patch, compose, versions
-from mint.patch.export import describe
+from mint.patch.names import describe
 from mint.solver.problem import Change, Problem, Settings, Solution, Solver, changed
 from mint.solver.stack import Stack, neurons_of
 

@@ -8,19 +8,28 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mint import journal
 from mint import patch as P
 from mint.errors import ModelError, PatchError
 from mint.model.loading import load_lm
 from mint.patch import checkpoint as C
+from mint.patch.names import describe
 from tests.conftest import byte_tokenizer, same_bits, tiny_lm, tiny_model, weights_of
-from tests.test_patch import random_patch
+from tests.test_patch import random_patch as nameless_patch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_patch(lm, *args, **kwargs):
+    """Random edits that say where their weights live, as `mint repair` writes them."""
+    patch = nameless_patch(lm, *args, **kwargs)
+    return replace(patch, base=patch.base | {"layout": describe(lm)})
 
 
 def saved(folder: Path, family="llama", dtype=torch.float32, shards=False) -> Path:
@@ -185,53 +194,125 @@ def test_a_damaged_list_of_patches_is_named(tmp_path):
     unchanged(tmp_path, lambda: C.apply(model, patch), match=C.PROVENANCE)
 
 
-@pytest.mark.parametrize("verb", ["apply", "revert"])
-@pytest.mark.parametrize("copy", [False, True], ids=["in-place", "copy"])
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
-)
-def test_a_failure_at_any_call_leaves_every_file(tmp_path, monkeypatch, verb, copy, error):
-    """Each call that changes the disk fails in turn; afterwards the folder holds the very files it held."""
-    model = saved(tmp_path / "m", shards=True)
-    patch = random_patch(load_lm(str(model)))
-    if verb == "revert":
-        C.apply(model, patch)
-    lm = load_lm(str(model))
-    monkeypatch.setattr(C, "load_lm", lambda *_, **__: lm)
-    before, out = hashes(tmp_path), (tmp_path / "out" if copy else None)
-    pristine = shutil.copytree(model, tmp_path.with_name(tmp_path.name + "-pristine"))
-    calls = {"n": 0, "fail": 0}
+CALLS = "open write pwrite fsync replace rename unlink chmod mkdir close".split()
 
-    def failing(real):
+
+def interrupting(at: int, act, monkeypatch) -> dict:
+    """Every call that changes the disk counts; at number `at`, before it and half way through it, `act` is called."""
+    seen = {"n": 0}
+
+    def counted(name, real):
         def call(*args, **kwargs):
-            calls["n"] += 1
-            if calls["n"] == calls["fail"]:
-                raise error
+            seen["n"] += 1
+            if seen["n"] == at:
+                if name == "pwrite" and len(args[1]) > 1:
+                    real(args[0], args[1][: len(args[1]) // 2], args[2])
+                act()
             return real(*args, **kwargs)
 
         return call
 
-    for where in ("os.pwrite", "os.fsync", "os.replace", "os.link", "shutil.copyfile", "shutil.copytree"):
-        module, name = where.split(".")
-        monkeypatch.setattr(getattr(C, module), name, failing(getattr(getattr(C, module), name)))
-    failures = 0
-    for fail in range(1, 400):
-        calls.update(n=0, fail=fail)
-        try:
-            getattr(C, verb)(model, patch, out=out)
-        except (PatchError, KeyboardInterrupt):
-            failures += 1
-            assert hashes(tmp_path) == before, f"failure at call {fail}"
-            continue
-        finally:
-            calls.update(fail=0)
-        if calls["n"] < fail:
-            break
-        # The call that failed was one that may (a link becomes a copy): start afresh, and go on with the next.
-        shutil.rmtree(out or model)
+    for name in CALLS:
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    return seen
+
+
+def killed_at(at: int, function) -> bool:
+    """Run in a child that is killed at call number `at`; whether it was."""
+    child = os.fork()
+    if not child:
+        with pytest.MonkeyPatch.context() as patching, open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+            interrupting(at, lambda: os.kill(os.getpid(), signal.SIGKILL), patching)
+            try:
+                function()
+            finally:
+                os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(("verb", "copy"), [("apply", False), ("revert", False), ("apply", True)])
+def test_a_kill_at_any_call_is_finished_or_rolled_back(tmp_path, verb, copy):
+    """The process is killed at each system call that changes the disk; the next command leaves one of two states."""
+    model = saved(tmp_path / "m", shards=True)
+    patch = random_patch(load_lm(str(model)))
+    if verb == "revert":
+        C.apply(model, patch)
+    before, pristine = (
+        hashes(tmp_path),
+        shutil.copytree(model, tmp_path.with_name(tmp_path.name + "-pristine")),
+    )
+    out = tmp_path / "out" if copy else None
+    getattr(C, verb)(model, patch, out=out)
+    after = weight_hashes(tmp_path)
+    states = set()
+    for at in range(1, 1000):
+        shutil.rmtree(out or model, ignore_errors=True)
         if not copy:
             shutil.copytree(pristine, model)
-    assert failures >= 3 and calls["n"] < fail
+        if not killed_at(at, lambda: getattr(C, verb)(model, patch, out=out)):
+            break
+        dirty = {n for n in hashes(tmp_path) if ".mint-" in n and "-lock" not in n}
+        for lock in tmp_path.rglob(".*-lock"):
+            os.utime(lock, (0, 0))
+        said = journal.recover(out or model)
+        found = weight_hashes(tmp_path)
+        assert found in (weight_hashes_of(before), after), f"killed at call {at}"
+        assert said or not dirty, f"killed at call {at}: nothing was said"
+        states.add(found == after)
+        left = {n for n in hashes(tmp_path) if ".mint-" in n and "-lock" not in n}
+        assert not left, f"killed at call {at}"
+    assert states == {False, True} and at > 10
+
+
+def weight_hashes_of(found: dict) -> dict:
+    return {n: h for n, h in found.items() if n.endswith(".safetensors")}
+
+
+def weight_hashes(folder: Path) -> dict:
+    return weight_hashes_of(hashes(folder))
+
+
+@pytest.mark.parametrize(
+    ("verb", "error"), [("apply", OSError(28, "No space left on device")), ("revert", KeyboardInterrupt())]
+)
+def test_a_failure_at_any_call_leaves_every_file(tmp_path, verb, error):
+    """Each call that changes the disk fails in turn, once: afterwards the folder holds the very files it held."""
+    model = saved(tmp_path / "m", shards=True)
+    patch = random_patch(load_lm(str(model)))
+    if verb == "revert":
+        C.apply(model, patch)
+    before, pristine = (
+        hashes(tmp_path),
+        shutil.copytree(model, tmp_path.with_name(tmp_path.name + "-pristine")),
+    )
+    failures = 0
+
+    def fail():
+        raise error
+
+    for at in range(1, 1000):
+        failed = False
+        with pytest.MonkeyPatch.context() as patching:
+            seen = interrupting(at, fail, patching)
+            try:
+                getattr(C, verb)(model, patch)
+            except (PatchError, ModelError, KeyboardInterrupt):
+                failed = True
+        if failed:
+            failures += 1
+            left = {n: h for n, h in hashes(tmp_path).items() if "-lock" not in n}
+            if any(
+                ".mint-journal" in n for n in left
+            ):  # what failed was the last clearing up: finished next time
+                journal.recover(model)
+            elif weight_hashes_of(left) == weight_hashes_of(before):
+                assert left == before, f"failure at call {at}"
+        if seen["n"] < at:
+            break
+        shutil.rmtree(model)
+        shutil.copytree(pristine, model)
+    assert failures > 10
 
 
 def test_a_real_write_limit_leaves_every_file(tmp_path):
@@ -254,7 +335,7 @@ def test_a_real_write_limit_leaves_every_file(tmp_path):
 
 def test_signals_wait_for_the_last_rename():
     with pytest.raises(KeyboardInterrupt):
-        with C.uninterrupted():
+        with journal.uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
             finished = True
     assert finished and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -273,8 +354,200 @@ def test_the_list_of_patches_says_what_was_done(tmp_path):
     patch = random_patch(load_lm(str(model)), [(1, 7, "value")], info={"cases": [{"id": "a"}]})
     C.apply(model, patch)
     (entry,) = json.loads((model / C.PROVENANCE).read_text())["patches"]
+    assert entry.pop("applied").endswith("Z")
     assert entry == {
         "sha256": C.patch_id(patch),
         "neurons": [{"layer": 1, "index": 7, "kind": "value"}],
-        "cases": ["a"],
+        "cases": [{"id": "a"}],
     }
+
+
+# ---------------------------------------------------------------------- models as people find them
+
+
+def rewritten(model: Path, change) -> Path:
+    """The same model with other tensors in its file."""
+    from safetensors.torch import load_file, save_file
+
+    save_file(change(load_file(model / "model.safetensors")), model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def says(model: Path, dtype: str) -> Path:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    return model
+
+
+def test_a_bf16_patch_goes_into_a_f32_file_of_the_same_values_and_back(tmp_path):
+    model = saved(tmp_path / "m", dtype=torch.bfloat16)
+    rewritten(model, lambda t: {k: v.float() for k, v in t.items()})
+    clean, lm = weight_hashes(model), load_lm(str(model))
+    assert lm.dtype == torch.bfloat16
+    patch = random_patch(lm)
+    wanted = patched_weights(model, patch)
+    C.apply(model, patch)
+    assert same_bits(weights_of(load_lm(str(model))), wanted)
+    C.revert(model, patch)
+    assert weight_hashes(model) == clean
+
+
+def test_files_that_hold_more_than_the_patch_name_the_dtype_that_works(tmp_path):
+    model = says(saved(tmp_path / "m"), "bfloat16")
+    patch = random_patch(load_lm(str(model)))
+    unchanged(tmp_path, lambda: C.apply(model, patch), match="repair again with --dtype float32")
+    C.apply(model, random_patch(load_lm(str(model), dtype="float32")))
+
+
+def test_a_file_that_cannot_hold_the_patch_names_the_dtype_that_works(tmp_path):
+    model = says(saved(tmp_path / "m", dtype=torch.bfloat16), "float32")
+    patch = random_patch(load_lm(str(model)))
+    unchanged(
+        tmp_path, lambda: C.apply(model, patch), match="cannot hold .* repair again with --dtype bfloat16"
+    )
+    C.apply(model, random_patch(load_lm(str(model), dtype="bfloat16")))
+
+
+def test_eight_bit_files_are_refused(tmp_path):
+    model = saved(tmp_path / "m", dtype=torch.bfloat16)
+    patch = random_patch(load_lm(str(model)))
+    rewritten(model, lambda t: {k: v.to(torch.float8_e4m3fn) if "mlp" in k else v for k, v in t.items()})
+    unchanged(tmp_path, lambda: C.apply(model, patch), match="as F8_E4M3, which mint cannot edit")
+
+
+def test_a_copy_of_a_read_only_store_is_writable(tmp_path):
+    model = saved(tmp_path / "m")
+    patch = random_patch(load_lm(str(model)))
+    for path in [*model.iterdir(), model]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    out = C.apply(model, patch, out=tmp_path / "fixed")
+    assert all(p.stat().st_mode & 0o200 for p in [out, *out.iterdir()])
+    assert {p.name for p in tmp_path.iterdir() if p.name != "cache"} == {"m", "fixed"}
+
+
+def test_every_copy_of_a_weight_is_changed(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = saved(tmp_path / "m")
+    patch = random_patch(load_lm(str(model)))
+    tensors = {k: v.clone() for k, v in load_file(model / "model.safetensors").items()}
+    first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    mlp = [k for k in tensors if "mlp" in k]
+    save_file({k: tensors[k] for k in mlp}, model / first, {"format": "pt"})
+    (model / "model.safetensors").rename(model / second)
+    weights = {k: first if k in mlp else second for k in tensors}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    C.apply(model, patch)
+    one, two = load_file(model / first), load_file(model / second)
+    assert all(torch.equal(one[k], two[k]) for k in mlp)
+    assert sum(not torch.equal(one[k], tensors[k]) for k in mlp) == 4
+    save_file(tensors, model / second, {"format": "pt"})
+    unchanged(tmp_path, lambda: C.revert(model, patch), match="differ from the patch's 'after'")
+
+
+def test_a_model_behind_an_eye_keeps_its_eye(tmp_path):
+    """Names in the file and in the module differ; what the text model does not use is copied all the same."""
+    import transformers as T
+
+    text = T.Qwen3_5TextConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, head_dim=8, layer_types=["full_attention"] * 3, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    eye = dict(
+        hidden_size=32, depth=2, num_heads=2, intermediate_size=64, out_hidden_size=32, patch_size=4,
+        spatial_merge_size=2, num_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = T.Qwen3_5Config(text_config=text.to_dict(), vision_config=eye)
+    T.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    model, clean = tmp_path / "m", hashes(tmp_path / "m")
+    lm = load_lm(str(model))
+    patch = random_patch(lm)
+    out = C.apply(model, patch, out=tmp_path / "fixed")
+    assert {n for n, h in hashes(out).items() if clean.get(n) != h} == {
+        "model.safetensors",
+        C.PROVENANCE,
+        "README.md",
+    }
+    assert (out / "model.safetensors").stat().st_size == (model / "model.safetensors").stat().st_size
+    wanted = patched_weights(model, patch)
+    C.apply(model, patch)
+    assert same_bits(weights_of(load_lm(str(model))), wanted)
+    C.revert(model, patch)
+    assert hashes(model) == clean
+
+
+def test_nothing_is_written_through_links(tmp_path):
+    cache = saved(tmp_path / "cache-of-others")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in cache.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    patch = random_patch(load_lm(str(cache)))
+    unchanged(
+        tmp_path, lambda: C.apply(snapshot, patch), match="a cache that other programs share; give --out"
+    )
+    clean = hashes(cache)
+    out = C.apply(snapshot, patch, out=tmp_path / "fixed")
+    assert hashes(cache) == clean and not any(p.is_symlink() for p in out.iterdir())
+    os.link(cache / "model.safetensors", tmp_path / "other-name")
+    unchanged(tmp_path, lambda: C.apply(cache, patch), match="hard links")
+
+
+def test_weights_in_a_second_format_are_not_left_behind(tmp_path):
+    model = saved(tmp_path / "m")
+    lm = load_lm(str(model))
+    torch.save(lm.model.state_dict(), model / "pytorch_model.bin")
+    patch = random_patch(lm)
+    unchanged(tmp_path, lambda: C.apply(model, patch), match="also holds pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", lambda c: c | {"is_encoder_decoder": True}, "encoder-decoder"),
+        ("adapter_config.json", lambda c: {"peft_type": "LORA"}, "merge them first"),
+    ],
+)
+def test_what_is_not_the_model_in_use_is_refused(tmp_path, name, change, message):
+    model = saved(tmp_path / "m")
+    patch = random_patch(load_lm(str(model)))
+    (model / name).write_text(json.dumps(change(json.loads((model / "config.json").read_text()))))
+    unchanged(tmp_path, lambda: C.apply(model, patch), ModelError, match=message)
+
+
+def test_a_second_writer_is_told_who_is_at_work(tmp_path):
+    model = saved(tmp_path / "m")
+    patch = random_patch(load_lm(str(model)))
+    said: list[str] = []
+    with journal.locked(model):
+        with pytest.raises(PatchError, match=f"changed by process {os.getpid()} on"):
+            with journal.locked(model, said.append, patience=0.2):
+                pass
+    assert said == [f"waiting for process {os.getpid()} on {os.uname().nodename}"]
+    C.apply(model, patch)
+
+
+def test_the_model_card_says_what_was_done_and_forgets_it_again(tmp_path):
+    model = saved(tmp_path / "m")
+    (model / "README.md").write_text("# My model\n")
+    clean = hashes(model)
+    case = {"id": "a", "prompt": "# sort\n", "target": "l.sort()\n"}
+    patch = random_patch(load_lm(str(model)), info={"cases": [case]})
+    out = C.apply(model, patch, out=tmp_path / "fixed")
+    card = (out / "README.md").read_text()
+    assert card.startswith("# My model\n") and C.patch_id(patch)[:16] in card and r"`l.sort()\n`" in card
+    C.revert(out, patch)
+    assert hashes(out) == clean
+
+
+def test_a_crafted_journal_writes_nothing_elsewhere(tmp_path):
+    model = saved(tmp_path / "m")
+    (tmp_path / "victim").write_bytes(b"0" * 8)
+    for name in ("../victim", "..", "/etc/hostname"):
+        entry = {"format": 1, "what": "x", "texts": {}, "modes": {name: 0o644}, "writes": [
+            {"file": name, "start": 0, "step": 1, "run": 1, "old": "MA==", "new": "MQ=="}]}  # fmt: skip
+        body = json.dumps(entry).encode()
+        (model / journal.JOURNAL).write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        unchanged(tmp_path, lambda: journal.recover(model), match="names files elsewhere")

@@ -11,7 +11,8 @@ from peft import PeftModel
 
 from mint import patch as P
 from mint.errors import PatchError
-from mint.patch.export import _block, describe, low_rank_changes, to_gguf_lora, to_peft
+from mint.patch.export import low_rank_changes, to_gguf_lora, to_peft
+from mint.patch.names import block_of, describe
 from tests.conftest import FAMILIES, tiny_lm
 
 IDS = [5, 40, 77, 12, 200, 9]
@@ -34,7 +35,7 @@ def test_the_layout_survives_its_description(any_lm):
     described = json.loads(json.dumps(describe(any_lm)))
     assert len(described["blocks"]) == 1
     for block in any_lm.layout.blocks:
-        assert _block(described, block.layer) == block
+        assert block_of(described, block.layer) == block
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

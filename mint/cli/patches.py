@@ -146,10 +146,11 @@ def export(
         say("importing")
         from mint import patch as patches
         from mint.patch import export as exports
+        from mint.patch import names
 
         loaded, layout = patches.load(patch), None
         if model is not None:
-            layout = exports.describe(o.load(model, "cpu", "auto", say=say)[0])
+            layout = names.describe(o.load(model, "cpu", "auto", say=say)[0])
         path = getattr(exports, formats[to])(loaded, out, layout=layout, force=force)
     if as_json:
         console.print_json({"out": str(path), "format": to})

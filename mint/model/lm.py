@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +42,27 @@ class Encoded:
     def positions(self) -> list[int]:
         """Positions of prompt + target whose next token is a token of the target, in order."""
         return list(range(len(self.prompt) - 1, len(self.prompt) + len(self.target) - 1))
+
+
+def sampled(rows: int) -> range:
+    """The rows of the embedding that the fingerprint is taken from."""
+    return range(0, rows, max(1, rows // 257))
+
+
+def fingerprint(
+    architecture: str, shapes: Iterable[tuple[str, tuple[int, ...]]], sample: Iterable[Tensor]
+) -> str:
+    """SHA-256 of a class name, parameter shapes and sampled weights, in the dtype in which the model is loaded."""
+    digest = hashlib.sha256(json.dumps([architecture, sorted(shapes)]).encode())
+    for tensor in sample:
+        digest.update(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:
+    """SHA-256 of a vocabulary (token to id)."""
+    entries = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 @dataclass
@@ -114,22 +135,17 @@ class LM:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and of a fixed sample of weights that mint never edits (embedding, final norm)."""
-        digest = hashlib.sha256()
-        shapes = sorted((n, tuple(p.shape)) for n, p in self._parameters.items())
-        digest.update(json.dumps([type(self.model).__name__, shapes]).encode())
+        shapes = [(n, tuple(p.shape)) for n, p in self._parameters.items()]
         embedding = self.model.get_input_embeddings().weight
-        sample = [embedding[:: max(1, embedding.shape[0] // 257)]]
+        sample = [embedding[list(sampled(embedding.shape[0]))]]
         if self.layout.final_norm:
             sample.append(self.module(self.layout.final_norm).weight)
-        for tensor in sample:
-            digest.update(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(type(self.model).__name__, shapes, sample)
 
     @cached_property
     def tokenizer_hash(self) -> str:
         """SHA-256 of the vocabulary (token to id)."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+        return hash_vocabulary(self.tokenizer.get_vocab())
 
     # ------------------------------------------------------------------ text and ids
 

@@ -4,6 +4,7 @@ Knows where files come from and how they are checked; knows nothing about prompt
 """
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from mint import journal
 from mint.errors import ModelError
 from mint.model import gguf
 from mint.model.adapter import merge
@@ -290,6 +292,8 @@ def load_lm(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}'; known are auto, {', '.join(DTYPES)}")
+    if done := journal.recover(name, say):
+        logging.getLogger("mint").warning(done)
     with _quiet():
         source = name
         if name == BUILTIN and not Path(name).exists():

@@ -1,39 +1,48 @@
-"""Patches on saved models: apply and revert on a model directory, in place or into a copy.
+"""Patches on saved models: apply and revert on a model directory, in place or into a copy, without loading the model.
 
-The weights are changed inside the safetensors files, a few rows and columns; every other byte stays, so a revert gives
-back the very files. Everything is checked and written beside the originals first, then renamed: a failure at any point,
-Ctrl-C and a full disk included, leaves the directory as it was. Models in other formats are loaded and saved anew.
+The weights are changed inside the safetensors files, a few rows and columns found from the headers; every other byte
+stays, so a revert gives back the very files. Everything is checked first, and written through a journal
+(mint/journal.py): a failure or a kill at any point leaves a state that the next command finishes or rolls back.
+Models in other formats are loaded and saved anew into a copy.
 """
 
-import hashlib
-import json
+import errno
+import fcntl
+import logging
 import os
 import shutil
-import signal
-import struct
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from mint.errors import PatchError
-from mint.model.lm import LM
-from mint.model.loading import load_lm
-from mint.patch import Patch, check, to_bytes
+from mint import journal
+from mint.errors import ModelError, PatchError
+from mint.model.lm import fingerprint, hash_vocabulary, sampled
+from mint.model.loading import BUILTIN, builtin_path, load_lm
+from mint.model.saved import read_saved
+from mint.patch import Patch, check
 from mint.patch import apply as apply_in_memory
 from mint.patch import revert as revert_in_memory
+from mint.patch.edit import NeuronEdit, same_bits
+from mint.patch.names import block_of, describe
+from mint.patch.provenance import PROVENANCE, applied_patches, patch_id, texts_after
+from mint.patch.skeleton import DTYPES, Run, Skeleton, safetensors_files
+from mint.patch.skeleton import read as read_skeleton
 
-PROVENANCE = "mint_patches.json"
-"""Lists the patches in a directory, for people; what may be applied or reverted is decided by the weights' bits."""
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["PROVENANCE", "applied_patches", "apply", "patch_id", "revert"]
+
+_log = logging.getLogger("mint")
 _SIDES = {"apply": ("before", "after"), "revert": ("after", "before")}
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_COPIES = ("pytorch_model*.bin", "consolidated*", "pytorch_model*.pt", "*.pth")
+"""Files that hold the same weights once more, and that some reader prefers to the safetensors files."""
+_FICLONE = 0x40049409
+"""ioctl of Linux: make a file share the blocks of another until either changes (btrfs, xfs, bcachefs)."""
 
 Say = Callable[[str], None]
 
@@ -67,46 +76,67 @@ def revert(
 
 
 def _edit(model: str, patch: Patch, verb: str, out: Path | None, force: bool, say: Say) -> Path:
-    folder = Path(model)
-    if out is None and not folder.is_dir():
+    if out is None and not Path(model).is_dir():
         raise PatchError(
             f"{model} is no model directory, so it cannot be changed in place; give --out DIR for a copy"
         )
+    for place in {Path(model), *([out] if out is not None else [])}:
+        if done := journal.recover(place, say):
+            _log.warning(done)
+    folder = _folder_of(model, patch, say)
     if out is not None:
         _check_out(folder, out, force)
-    lm = load_lm(model, say=say)
-    present, wanted = _SIDES[verb]
-    check(lm, patch, present)
-    source = _folder_of(lm, folder)
-    places = _places(lm, patch, source) if source is not None else None
-    if out is None:
-        if places is None:
+    files = safetensors_files(read_saved(str(folder))) if folder is not None else []
+    if folder is None or not files:
+        if out is None:
             raise PatchError(
                 f"{model} holds no safetensors file that the patch can be written into; give --out DIR for a copy"
             )
-        say(f"writing {model}")
-        _in_place(folder, places, patch, verb)
+        return _save_anew(model, patch, verb, out, say)
+    skeleton = read_skeleton(folder, patch.base.get("architecture"))
+    layout = _layout(model, patch, say)
+    _check_base(patch, skeleton, layout.get("final_norm"))
+    _check_tokenizer(patch, folder)
+    pieces = _pieces(patch, skeleton, layout)
+    _check_copies(folder, files)
+    if out is None:
+        _check_alone(folder, pieces)
+        with _as_patch_error(folder), journal.locked(folder, say):
+            writes = _writes(folder, patch, pieces, verb)
+            what = f"{'applying' if verb == 'apply' else 'reverting'} patch {patch_id(patch)[:12]}"
+            say(f"writing {folder}")
+            texts = texts_after(folder, patch, verb, card=False)
+            journal.commit(folder, what, writes, texts)
         return folder
-    say(f"writing {out}")
-    with _new_folder(out) as making:
-        if places is not None and source is not None:
-            shutil.copytree(source, making, dirs_exist_ok=True)
-            for shard, slices in places.items():
-                _write(making / shard, slices, present, wanted)
-        else:
-            (apply_in_memory if verb == "apply" else revert_in_memory)(lm, patch)
-            lm.model.save_pretrained(making)
-            lm.tokenizer.save_pretrained(making)
-        noted = _noted(making, patch, verb)
-        if noted is None:
-            (making / PROVENANCE).unlink(missing_ok=True)
-        else:
-            (making / PROVENANCE).write_text(noted, encoding="utf-8")
+    with _as_patch_error(out), journal.new_folder(out, say) as making:
+        say(f"copying to {out}")
+        _copy_folder(folder, making)
+        with journal.locked(making):
+            texts = texts_after(making, patch, verb, card=True)
+            journal.commit(making, f"writing {out}", _writes(making, patch, pieces, verb), texts)
     return out
 
 
-def _check_out(folder: Path, out: Path, force: bool) -> None:
-    if folder.is_dir() and (out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents):
+def _folder_of(model: str, patch: Patch, say: Say) -> Path | None:
+    """The directory whose files can be copied and edited; None for what has to be loaded and saved anew."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if model == BUILTIN:
+        return builtin_path(say)
+    if folder.exists() or model.endswith(".gguf"):
+        return None
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=patch.base.get("revision"))
+    except (ValueError, OSError):
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _check_out(folder: Path | None, out: Path, force: bool) -> None:
+    if folder is not None and (
+        out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents
+    ):
         raise PatchError(f"{out} lies in the model's own directory; give another --out, or --in-place")
     if not out.parent.is_dir():
         raise PatchError(f"cannot write {out}: {out.parent} is no directory; make it first")
@@ -120,319 +150,247 @@ def _check_out(folder: Path, out: Path, force: bool) -> None:
         )
 
 
-def _folder_of(lm: LM, folder: Path) -> Path | None:
-    """The directory whose files can be copied and edited; None for hub ids and GGUF files, which are saved anew."""
-    if folder.is_dir():
-        return folder
-    loaded = Path(getattr(lm.model.config, "_name_or_path", "") or "")
-    return loaded if loaded.is_dir() and (loaded / _SINGLE).exists() else None
-
-
-# ---------------------------------------------------------------------- where the bytes are
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """One row, column or entry inside a safetensors file, with its old and new weights."""
-
-    start: int
-    """Byte offset of the tensor in the file."""
-    shape: tuple[int, ...]
-    axis: int
-    index: int
-    before: Tensor
-    after: Tensor
-    what: str
-
-    def offsets(self) -> list[tuple[int, int]]:
-        """(byte offset, byte count) of each contiguous run of the slice."""
-        size = self.before.element_size()
-        inner = prod(self.shape[self.axis + 1 :])
-        step = self.shape[self.axis] * inner
-        outer = prod(self.shape[: self.axis])
-        return [(self.start + (o * step + self.index * inner) * size, inner * size) for o in range(outer)]
-
-
-def _header(path: Path) -> tuple[dict, int]:
-    """The header of a safetensors file, and the offset of its data."""
-    try:
-        with path.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            return json.loads(stream.read(min(size, 1 << 28))), 8 + size
-    except (OSError, ValueError, struct.error) as error:
-        raise PatchError(f"{path} cannot be read as safetensors ({error}); is the model complete?") from None
-
-
-def _shards(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up the saved model; empty if it has none."""
-    if (folder / _SINGLE).exists():
-        return [_SINGLE]
-    if not (folder / _INDEX).exists():
-        return []
-    try:
-        weights = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weights.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise PatchError(f"{folder / _INDEX} cannot be read; is the model complete?") from None
-
-
-def _key_of(parameter: str, keys: Sequence[str]) -> str | None:
-    """The name under which a parameter is saved: its own, or the only one that differs by a prefix alone."""
-    if parameter in keys:
-        return parameter
-    like = [k for k in keys if k.endswith("." + parameter) or parameter.endswith("." + k)]
-    return like[0] if len(like) == 1 else None
-
-
-def _places(lm: LM, patch: Patch, folder: Path) -> dict[str, list[_Slice]] | None:
-    """Shard name -> what the patch touches in it; None if the saved names or shapes are not the model's own."""
-    tensors: dict[str, tuple[str, dict, int]] = {}
-    for shard in _shards(folder):
-        header, data = _header(folder / shard)
-        tensors |= {k: (shard, v, data) for k, v in header.items() if k != "__metadata__"}
-    keys = list(tensors)
-    found: dict[str, list[_Slice]] = {}
-    for edit in patch.edits:
-        for role, where in lm.block(edit.layer).slices(edit.index).items():
-            if role not in edit.after:
-                continue
-            key = _key_of(where.parameter, keys)
-            if key is None:
-                return None
-            shard, meta, data = tensors[key]
-            shape = tuple(meta["shape"])
-            if shape != tuple(lm.parameter(where.parameter).shape):
-                return None
-            if _DTYPES.get(meta["dtype"]) != patch.dtype:
-                raise PatchError(
-                    f"the patch was made in {str(patch.dtype).removeprefix('torch.')}, {shard} holds '{key}' as"
-                    f" {meta['dtype']}; repair the model in its own dtype"
-                )
-            piece = _Slice(
-                data + meta["data_offsets"][0],
-                shape,
-                where.axis,
-                where.index,
-                edit.before[role],
-                edit.after[role],
-                f"{edit.where} ('{role}' in {shard})",
-            )
-            found.setdefault(shard, []).append(piece)
-    return found
-
-
-def _raw(value: Tensor) -> bytes:
-    return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _read(descriptor: int, piece: _Slice) -> bytes:
-    return b"".join(os.pread(descriptor, count, offset) for offset, count in piece.offsets())
-
-
-def _write(path: Path, slices: Sequence[_Slice], present: str, wanted: str) -> None:
-    """Change the slices of one file, checked before and after, and flushed to the disk."""
-    path.chmod(path.stat().st_mode | 0o200)
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        for piece in slices:
-            if _read(descriptor, piece) != _raw(getattr(piece, present)):
-                raise PatchError(
-                    f"{piece.what}: the saved weights differ from the patch's '{present}'; use the model that the patch"
-                    " was made on"
-                )
-        for piece in slices:
-            new, done = _raw(getattr(piece, wanted)), 0
-            for offset, count in piece.offsets():
-                if os.pwrite(descriptor, new[done : done + count], offset) != count:
-                    raise OSError(5, "short write")
-                done += count
-        os.fsync(descriptor)
-        if any(_read(descriptor, piece) != _raw(getattr(piece, wanted)) for piece in slices):
-            raise PatchError(f"{path} does not read back as written; check the disk")
-    finally:
-        os.close(descriptor)
-
-
-# ---------------------------------------------------------------------- provenance
-
-
-def patch_id(patch: Patch) -> str:
-    """SHA-256 of a patch's file contents."""
-    return hashlib.sha256(to_bytes(patch)).hexdigest()
-
-
-def applied_patches(folder: str | Path) -> list[dict]:
-    """What `mint_patches.json` of a directory lists; empty without one. Raises `PatchError` if it cannot be read."""
-    path = Path(folder) / PROVENANCE
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["patches"]
-        if not all(isinstance(p, dict) for p in listed):
-            raise ValueError("not a list of objects")
-        return list(listed)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PatchError(f"{path} cannot be read ({error}); remove it, it only informs") from None
-
-
-def _noted(folder: Path, patch: Patch, verb: str) -> str | None:
-    """The new text of the list of patches; None if it becomes empty, so that the file goes."""
-    listed, identity = applied_patches(folder), patch_id(patch)
-    if verb == "apply":
-        listed.append(
-            {
-                "sha256": identity,
-                "neurons": [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in patch.edits],
-                "cases": [c.get("id") for c in patch.info.get("cases", []) if isinstance(c, dict)],
-            }
-        )
-    else:
-        last = next((i for i in reversed(range(len(listed))) if listed[i].get("sha256") == identity), None)
-        if last is not None:
-            del listed[last]
-    return json.dumps({"format": 1, "patches": listed}, indent=2) + "\n" if listed else None
-
-
-# ---------------------------------------------------------------------- all or nothing
+def _save_anew(model: str, patch: Patch, verb: str, out: Path, say: Say) -> Path:
+    lm = load_lm(model, say=say)
+    check(lm, patch, _SIDES[verb][0])
+    with _as_patch_error(out), journal.new_folder(out, say) as making:
+        say(f"writing {out}")
+        (apply_in_memory if verb == "apply" else revert_in_memory)(lm, patch)
+        lm.model.save_pretrained(making)
+        lm.tokenizer.save_pretrained(making)
+        for name, text in texts_after(making, patch, verb, card=True).items():
+            if text is not None:
+                (making / name).write_bytes(text.encode())
+    return out
 
 
 @contextmanager
 def _as_patch_error(where: Path) -> Iterator[None]:
     try:
         yield
+    except shutil.Error as error:
+        raise PatchError(f"cannot copy to {where} ({str(error)[:200]}); nothing was changed there") from None
     except OSError as error:
         raise PatchError(
             f"cannot write {where} ({error.strerror or error}); nothing was changed there"
         ) from None
-    except shutil.Error as error:
-        raise PatchError(f"cannot copy to {where} ({str(error)[:200]}); nothing was changed there") from None
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within: Ctrl-C and SIGTERM wait until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+# ---------------------------------------------------------------------- does the patch belong here
+
+
+def _layout(model: str, patch: Patch, say: Say) -> Mapping:
+    """Names of the neurons' weights: what the patch says, or, where it does not, from the loaded model."""
+    layout = patch.base.get("layout")
+    if isinstance(layout, dict) and "final_norm" in layout:
+        return layout
+    return describe(load_lm(model, say=say))
+
+
+def _check_base(patch: Patch, skeleton: Skeleton, norm: object) -> None:
+    """Raise `PatchError` unless the directory's fingerprint is that of the model the patch was made on."""
+    base = patch.base
+    if not base.get("fingerprint"):
         return
-    waiting: list[tuple[int, object]] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {s: signal.signal(s, lambda number, frame: waiting.append((number, frame))) for s in signals}
+    model = skeleton.model
+    table = model.get_input_embeddings().weight
+    name = next(n for n, p in model.named_parameters(remove_duplicate=False) if p is table)
+    sample = [skeleton.rows(name, sampled(table.shape[0]))]
+    if isinstance(norm, str):
+        sample.append(skeleton.rows(f"{norm}.weight"))
+    found = None
+    dtype = getattr(torch, str(base.get("dtype")), None)
+    cast = dtype if dtype in DTYPES.values() else patch.dtype
+    if all(s is not None for s in sample):
+        found = fingerprint(type(model).__name__, skeleton.shapes(), [s.to(cast) for s in sample])
+    if found != base["fingerprint"]:
+        stored = next((s.dtype for s in sample if s is not None), cast)
+        if stored != cast:
+            raise PatchError(
+                f"the patch was made in {_name(cast)}, the model is in {_name(stored)}, and their weights differ; repair"
+                f" again with --dtype {_name(stored)}"
+            )
+        revision = f" revision {base['revision']}" if base.get("revision") else ""
+        raise PatchError(
+            f"the patch was made on another model ({base.get('name')}{revision}, fingerprint"
+            f" {str(base['fingerprint'])[:12]}), this is {skeleton.folder} ({str(found)[:12]}); use the model it was made on"
+        )
+
+
+def _check_tokenizer(patch: Patch, folder: Path) -> None:
+    wanted = patch.base.get("tokenizer")
+    if not wanted:
+        return
     try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for number, frame in waiting[:1]:
-            handler = previous[number]
-            if callable(handler):
-                handler(number, frame)
-            elif handler == signal.SIG_DFL:
-                signal.raise_signal(number)
+        found = hash_vocabulary(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
+    except Exception as error:  # readers of tokenizers raise whatever they stumble over
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be read ({' '.join(str(error).split())[:150]}); is the directory complete?"
+        ) from None
+    if found != wanted:
+        raise PatchError(
+            f"the patch was made with another tokenizer ({str(wanted)[:12]}), this one is {found[:12]}; use the tokenizer"
+            " it was made with"
+        )
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Within: a temporary directory beside `out` to fill; afterwards it is `out`. After a failure nothing is there."""
-    with _as_patch_error(out):
-        making = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            yield making
-            making.chmod(0o755)
-            with uninterrupted():
-                old = None
-                if out.exists():
-                    old = making.with_name(making.name + ".old")
-                    out.rename(old)
-                try:
-                    making.rename(out)
-                except BaseException:
-                    if old is not None:
-                        old.rename(out)
-                    raise
-                if old is not None:
-                    shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+# ---------------------------------------------------------------------- where the bytes are
 
 
-def _in_place(folder: Path, places: dict[str, list[_Slice]], patch: Patch, verb: str) -> None:
+@dataclass(frozen=True)
+class _Piece:
+    """One row, column or entry in one file."""
+
+    run: Run
+    edit: NeuronEdit
+    role: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.edit.where} ('{self.role}' in {self.run.stored.file})"
+
+    def bytes_of(self, side: str) -> bytes:
+        """Old or new weights in the dtype of the file. Raises `PatchError` where that dtype cannot hold them exactly."""
+        value = getattr(self.edit, side)[self.role]
+        dtype = DTYPES[self.run.stored.dtype]
+        cast = value.to(dtype)
+        if not same_bits(cast.to(value.dtype), value):
+            raise PatchError(
+                f"{self.run.stored.file} holds {_name(dtype)} weights, which cannot hold this {_name(value.dtype)} patch"
+                f" exactly; repair again with --dtype {_name(dtype)}"
+            )
+        return cast.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _pieces(patch: Patch, skeleton: Skeleton, layout: Mapping) -> list[_Piece]:
+    """Every place in the files that the patch touches, copies included. Raises `PatchError` if the model has none."""
+    found = []
+    for edit in patch.edits:
+        if edit.layer >= layout.get("layers", 0):
+            raise PatchError(
+                f"the patch edits layer {edit.layer}, the model has layers 0 to {layout.get('layers', 0) - 1}"
+            )
+        block = block_of(layout, edit.layer)
+        if edit.index >= block.d_ff:
+            raise PatchError(f"the patch edits {edit.where}, the layer has neurons 0 to {block.d_ff - 1}")
+        slices = block.slices(edit.index)
+        for role, value in edit.after.items():
+            if role not in slices:
+                raise PatchError(
+                    f"{edit.where} has no '{role}' weights in this model; it has {', '.join(slices)}"
+                )
+            runs = skeleton.runs(slices[role])
+            if not runs:
+                raise PatchError(
+                    f"no file of {skeleton.folder} holds '{slices[role].parameter}', where {edit.where} lives; use the"
+                    " model that the patch was made on"
+                )
+            for run in runs:
+                if run.run * run.count != value.numel() * DTYPES[run.stored.dtype].itemsize:
+                    raise PatchError(
+                        f"{edit.where}: '{role}' has {value.numel()} weights, {run.stored.file} has"
+                        f" {run.run * run.count // DTYPES[run.stored.dtype].itemsize}; use the model it was made on"
+                    )
+                found.append(_Piece(run, edit, role))
+    return found
+
+
+def _writes(folder: Path, patch: Patch, pieces: Sequence[_Piece], verb: str) -> list[journal.Write]:
+    """What is to be written. Raises `PatchError` unless the present bytes are the patch's."""
     present, wanted = _SIDES[verb]
-    staged: dict[Path, Path | None] = {}
-    """What replaces each file; None: the file goes."""
-    with _as_patch_error(folder):
+    writes = [p.run.write(p.bytes_of(present), p.bytes_of(wanted)) for p in pieces]
+    now: list[bytes] = []
+    for piece, write in zip(pieces, writes, strict=True):
+        descriptor = os.open(folder / piece.run.stored.file, os.O_RDONLY)
         try:
-            for shard, slices in places.items():
-                staged[folder / shard] = _beside(folder / shard)
-                shutil.copyfile(folder / shard, staged[folder / shard])
-                _write(staged[folder / shard], slices, present, wanted)
-                shutil.copymode(folder / shard, staged[folder / shard])
-            noted = _noted(folder, patch, verb)
-            note = folder / PROVENANCE
-            if noted is not None:
-                staged[note] = _beside(note)
-                with staged[note].open("w", encoding="utf-8") as stream:
-                    stream.write(noted)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                staged[note].chmod(0o644)
-            elif note.exists():
-                staged[note] = None
-            with uninterrupted():
-                _replace_all(staged)
+            now.append(write.read(descriptor))
         finally:
-            for temporary in staged.values():
-                if temporary is not None:
-                    temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+    moved = [(p, n) for p, w, n in zip(pieces, writes, now, strict=True) if n != w.old]
+    if not moved:
+        return writes
+    if all(n == w.new for w, n in zip(writes, now, strict=True)):
+        if verb == "apply":
+            raise PatchError("the patch is already applied to this model; revert it first, or leave it")
+        raise PatchError(
+            "the patch is not applied to this model, so there is nothing to revert; apply it first"
+        )
+    first, raw = moved[0]
+    dtype = DTYPES[first.run.stored.dtype]
+    if dtype != patch.dtype and _rounds_to(raw, dtype, getattr(first.edit, present)[first.role]):
+        raise PatchError(
+            f"{first.where}: the file holds {_name(dtype)} weights that the {_name(patch.dtype)} patch has rounded, so"
+            f" they could not be given back; repair again with --dtype {_name(dtype)}"
+        )
+    raise PatchError(
+        f"{first.where}: the saved weights differ from the patch's '{present}'; another edit changed this neuron: use the"
+        " model that the patch was made on, or revert the other patch first"
+    )
 
 
-def _beside(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
-    os.close(handle)
-    return Path(name)
+def _rounds_to(raw: bytes, dtype: torch.dtype, value: Tensor) -> bool:
+    stored = torch.frombuffer(bytearray(raw), dtype=dtype).reshape(value.shape)
+    return same_bits(stored.to(value.dtype), value)
 
 
-def _replace_all(staged: dict[Path, Path | None]) -> None:
-    """Replace all files, or none: the originals stay under another name until the last one is in its place."""
-    backups: dict[Path, Path | None] = {}
-    try:
-        for target in staged:
-            backups[target] = _backup(target) if target.exists() else None
-        for target, temporary in staged.items():
-            if temporary is None:
-                target.unlink()
-            else:
-                os.replace(temporary, target)
-        _flush(next(iter(staged)).parent)
-    except BaseException:
-        for target, backup in backups.items():
-            if backup is not None:
-                os.replace(backup, target)
-                # Renaming a hard link onto its own file does nothing, and leaves the link.
-                backup.unlink(missing_ok=True)
-            else:
-                target.unlink(missing_ok=True)
-        raise
-    for backup in backups.values():
-        if backup is not None:
-            backup.unlink(missing_ok=True)
+def _check_copies(folder: Path, files: Sequence[str]) -> None:
+    """Raise `PatchError` if the folder holds the weights once more in files that cannot be patched."""
+    others = sorted({p.name for pattern in _COPIES for p in folder.glob(pattern)} - set(files))
+    others += [n for n in files if n.startswith("consolidated")]
+    if others:
+        raise PatchError(
+            f"{folder} also holds {others[0]}, whose weights would stay unpatched for software that reads it; remove it"
+            f" (transformers reads {files[0]}), and run this again"
+        )
 
 
-def _flush(folder: Path) -> None:
-    """Flush a directory's names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some file systems cannot flush a directory; the files themselves are flushed
-    finally:
-        os.close(descriptor)
+def _check_alone(folder: Path, pieces: Sequence[_Piece]) -> None:
+    """Raise `PatchError` if writing in place would change files elsewhere, too."""
+    for name in sorted({p.run.stored.file for p in pieces} | {PROVENANCE}):
+        path = folder / name
+        if path.is_symlink():
+            raise PatchError(
+                f"{path} is a link to {os.readlink(path)}, a cache that other programs share; give --out DIR for a copy"
+            )
+        if path.exists() and path.stat().st_nlink > 1:
+            raise PatchError(
+                f"{path} has other names (hard links), which would change with it; give --out DIR for a copy"
+            )
 
 
-def _backup(target: Path) -> Path:
-    path = _beside(target)
-    path.unlink()
-    try:
-        os.link(target, path)
-    except OSError:  # a file system without hard links
-        shutil.copy2(target, path)
-    return path
+# ---------------------------------------------------------------------- copies
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy everything but mint's own lock and journal, links followed, writable for the owner."""
+    for path in sorted(source.iterdir()):
+        if path.name in journal.OWN_FILES:
+            continue
+        there = target / path.name
+        if path.is_dir():
+            there.mkdir(path.stat().st_mode & 0o777 | 0o700)
+            _copy_folder(path, there)
+        elif path.is_file():
+            _copy_file(path, there)
+            there.chmod(path.stat().st_mode & 0o777 | 0o600)
+        elif path.is_symlink():
+            raise PatchError(f"{path} is a link to nothing ({os.readlink(path)}); is the model complete?")
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """A copy that shares the disk blocks of the original until either is changed, where the file system can do that.
+
+    Never a hard link: whatever writes into the copy later, mint or not, must not write into the original.
+    """
+    with source.open("rb") as reading, target.open("xb") as writing:
+        try:
+            fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+    shutil.copyfile(source, target)

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,10 @@ from torch import Tensor
 from mint.errors import PatchError
 from mint.files import write_file
 from mint.model.layout import Block, Rows
-from mint.model.lm import LM
 from mint.patch import NeuronEdit, Patch
+from mint.patch.names import block_of
 
 FORMATS = ("peft", "gguf-lora")
-_MAX_LAYERS = 10_000
-"""More than any model has; a crafted patch must not make us build a table of a billion names."""
-
 _GGUF_NAMES = {
     # transformers' model_type -> llama.cpp's architecture, where the two differ
     "mistral": "llama",
@@ -35,40 +32,6 @@ _GGUF_NAMES = {
     "llama4_text": "llama4",
     "gemma3_text": "gemma3",
 }
-
-
-# ---------------------------------------------------------------------- where the weights live
-
-
-def describe(lm: LM) -> dict:
-    """Names and axes of the neurons' weights as JSON values, for a patch to carry: one template if all layers agree."""
-    layers = lm.layout.layers
-    blocks = [
-        json.dumps(asdict(b) | {"layer": 0}).replace(f"{layers}.{b.layer}.", f"{layers}.{{}}.")
-        for b in lm.layout.blocks
-    ]
-    same = len(set(blocks)) == 1
-    return {
-        "model_type": getattr(lm.model.config, "model_type", None),
-        "layers": len(blocks),
-        "blocks": [json.loads(b) for b in (blocks[:1] if same else blocks)],
-    }
-
-
-def _block(layout: Mapping, layer: int) -> Block:
-    """The block of a layer from what `describe` wrote. Raises `PatchError` for anything else."""
-    try:
-        count, templates = layout["layers"], layout["blocks"]
-        if type(count) is not int or not layer < count <= _MAX_LAYERS or len(templates) not in (1, count):
-            raise ValueError(f"layer {layer} of {count!r}")
-        raw = json.loads(json.dumps(templates[layer if len(templates) > 1 else 0]).replace("{}", str(layer)))
-        gate = Rows(**raw.pop("gate"))
-        up = raw.pop("up")
-        return Block(**(raw | {"layer": layer}), gate=gate, up=None if up is None else Rows(**up))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise PatchError(
-            f"the patch does not say where its weights live ({error}); give --model so that the names can be looked up"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -92,7 +55,7 @@ def low_rank_changes(patch: Patch, layout: Mapping | None = None) -> dict[str, L
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     transposed: dict[str, bool] = {}
     for edit in patch.edits:
-        block = _block(layout, edit.layer)
+        block = block_of(layout, edit.layer)
         for role in edit.after:
             delta = edit.after[role].float() - edit.before[role].float()
             if not delta.any():
