@@ -18,6 +18,7 @@ from mint.case import Case
 from mint.errors import CaseError, ModelError
 from mint.model import text as texts
 from mint.model.layout import Block, Layout
+from mint.model.saved import Saved
 from mint.model.settings import Settings
 from mint.model.stop import UNENDED, Halt, Stop, rule_of
 from mint.model.text import Template
@@ -80,6 +81,8 @@ class LM:
     """What the model's own generation settings would change; plain greedy text knows nothing of them."""
     notes: tuple[str, ...] = ()
     """What the user should know about how the model was read, one line each."""
+    saved: Saved | None = None
+    """What the model's files say; None for a model that was made in memory."""
     _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 

@@ -6,6 +6,8 @@ Knows where files come from and how they are checked; knows nothing about prompt
 import hashlib
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -31,7 +34,7 @@ from mint.model import gguf
 from mint.model.adapter import merge
 from mint.model.layout import find_layout, refuse_unsupported
 from mint.model.lm import LM
-from mint.model.saved import Saved, read_saved
+from mint.model.saved import Saved, read_saved, safetensors_header
 from mint.model.settings import Settings
 from mint.model.text import Template
 
@@ -172,13 +175,16 @@ def _read_model(saved: Saved, name: str, dtype, device_map: str | None, options:
         **options,
     )
     asked = saved.config.get("_attn_implementation") or saved.config.get("attn_implementation")
+    if asked in (None, "eager", "sdpa"):
+        return auto.from_pretrained(name, **wanted)
     # A saved wish for flash attention would stop the model where its kernels are not installed.
-    ways = [None] if asked in (None, "eager", "sdpa") else ["sdpa", "eager"]
-    for way in ways:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    for way in ("sdpa", "eager"):
+        config._attn_implementation = way
         try:
-            return auto.from_pretrained(name, **wanted, **({"attn_implementation": way} if way else {}))
+            return auto.from_pretrained(name, config=config, **wanted)
         except ValueError as error:
-            if way == ways[-1] or "attention" not in str(error).lower():
+            if way == "eager" or "attention" not in str(error).lower():
                 raise
     raise AssertionError("unreachable")
 
@@ -203,7 +209,23 @@ def _read_pretrained(
     if saved.folder is not None:
         model.config._name_or_path = str(saved.folder)
     _check_report(saved, report)
+    saved.ignored.extend(_ignored(model, saved))
     return model, tokenizer
+
+
+def _ignored(model: PreTrainedModel, saved: Saved) -> list[str]:
+    """Saved weights that the model's class passes over by their names, as a text model does with a vision tower."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if saved.folder is None or not patterns:
+        return []
+    names = (
+        name
+        for file in saved.weights
+        if file.endswith(".safetensors")
+        for name in safetensors_header(saved.folder / file)[0]
+    )
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return sorted(n for n in names if n not in own and any(re.search(p, n) for p in patterns))
 
 
 def _check_report(saved: Saved, report: dict) -> None:
@@ -236,6 +258,7 @@ def _check_report(saved: Saved, report: dict) -> None:
         raise ModelError(
             f"{saved.name} lacks {len(missing)} weights (first: {missing[0]}); is the directory complete?"
         )
+    saved.unused.extend(unused)
     if unused:
         saved.notes.append(
             f"{len(unused)} saved weights are not used by the model that config.json describes (first: {unused[0]})"
@@ -265,11 +288,21 @@ def _check_runs(model: PreTrainedModel, name: str) -> None:
             f"{name} gives numbers that are not finite in {str(model.dtype).removeprefix('torch.')}; try --dtype float32,"
             " or check the weights"
         )
-    if rows > 1 and (first - second).abs().max() > 1e-2 * logits.abs().max().clamp_min(1e-6):
+    noise = 16 * torch.finfo(model.dtype).eps * logits.abs().max()
+    if rows > 1 and (first - second).abs().max() > noise:
         raise ModelError(
             f"{name} reads its text in both directions ({type(model).__name__} of an encoder); mint repairs decoder-only"
             " causal language models"
         )
+
+
+def _source(name: str, say: Callable[[str], None]) -> str:
+    """The directory or hub id whose files are read for a name."""
+    if name == BUILTIN and not Path(name).exists():
+        return str(builtin_path(say))
+    if name.endswith(".gguf") and not Path(name).is_dir():
+        return str(gguf.converted(Path(name).expanduser(), cache_dir(), say))
+    return name
 
 
 def load_lm(
@@ -295,13 +328,9 @@ def load_lm(
     if done := journal.recover(name, say):
         logging.getLogger("mint").warning(done)
     with _quiet():
-        source = name
-        if name == BUILTIN and not Path(name).exists():
-            source = str(builtin_path(say))
-        elif name.endswith(".gguf"):
-            source = str(gguf.converted(Path(name).expanduser(), cache_dir(), say))
+        source = _source(name, say)
         say(f"loading {name}")
-        saved = read_saved(source, revision, adapter is not None)
+        saved = read_saved(source, revision, adapter is not None, name)
         model, tokenizer = _read_pretrained(
             saved, revision, DTYPES.get(dtype, "auto"), "auto" if device == "auto" else None
         )
@@ -329,4 +358,39 @@ def load_lm(
         template,
         settings=settings,
         notes=tuple(notes),
+        saved=saved,
     )
+
+
+def save_merged(
+    name: str,
+    adapter: str,
+    out: Path,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Write a model with an adapter merged into its weights as a new directory, whole or not at all.
+
+    The base's other files (tokenizer, generation settings, chat template) are copied as they are. Raises `ModelError` for
+    what `load_lm` refuses, and for a model of which only a part is read, since the rest would be lost.
+    """
+    lm = load_lm(name, revision=revision, adapter=adapter, say=say)
+    saved = lm.saved
+    lost = [*saved.unused, *saved.ignored]
+    if lost:
+        raise ModelError(
+            f"{name} holds {len(lost)} weights that its text model does not read (first: {lost[0]}), and a merged copy would"
+            " lack them; merge the adapter with peft in the model's own class"
+        )
+    say(f"writing {out}")
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder = Path(temporary) / "model"
+        with _quiet():
+            lm.model.save_pretrained(folder)
+            lm.tokenizer.save_pretrained(folder)
+        weights = {*saved.weights, *saved.unread, "config.json"}
+        for file in () if saved.folder is None else saved.folder.iterdir():
+            kept = file.name not in weights and not file.name.endswith(".index.json")
+            if file.is_file() and kept and not file.name.startswith("adapter_"):
+                shutil.copyfile(file, folder / file.name)
+        os.rename(folder, out)

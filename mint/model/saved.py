@@ -62,7 +62,11 @@ class Saved:
     unread: tuple[str, ...] = ()
     """Files beside them that hold weights too, and are not read."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know, one line each."""
+    """What the user should know, one line each; grows as the model is read."""
+    unused: list[str] = field(default_factory=list)
+    """Saved weights that the loaded model does not use; filled as it is read."""
+    ignored: list[str] = field(default_factory=list)
+    """Saved weights of parts that its text model does not have (a vision tower); filled as it is read."""
 
     @property
     def family(self) -> str:
@@ -80,16 +84,16 @@ class Saved:
         return self.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def read_saved(name: str, revision: str | None = None, adapter: bool = False) -> Saved:
-    """Look at a saved model, and refuse what mint cannot repair. adapter: one that lies beside it is wanted.
+def read_saved(
+    source: str, revision: str | None = None, adapter: bool = False, name: str | None = None
+) -> Saved:
+    """Look at a saved model, and refuse what mint cannot repair.
 
-    Raises `ModelError` with the reason that the files give.
+    source: directory or hub id. adapter: one that lies beside the model is wanted. name: what the user calls it. Raises `ModelError` with the reason that the files give.
     """
-    folder = _folder(name)
-    if folder is not None:
-        saved = _read_folder(name, folder)
-    else:
-        saved = _read_hub(name, revision)
+    folder = _folder(source)
+    name = name or source
+    saved = _read_hub(source, revision) if folder is None else _read_folder(name, folder)
     _refuse_code(saved)
     _refuse_family(saved)
     if folder is not None:

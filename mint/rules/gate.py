@@ -1,0 +1,117 @@
+"""When a rule's neuron fires: a large-margin linear classifier on a layer's inputs, and rows that keep its size even.
+
+Pure functions of tensors; knows nothing about models, tokens or columns. Source of the classifier: the squared hinge
+in its primal, solved by Newton's method (Chapelle 2007, Training a Support Vector Machine in the Primal, section 2).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEEP = 8.0
+"""Gate pre-activation where the classifier says 1: large enough that SiLU and GELU act as a ReLU."""
+ROUNDS = 40
+SHAPES = ("flat", "square", "hump")
+"""Activation over the classifier's answer f: relu(f), relu(f) f, relu(f) (2 - f). Plain blocks know only `flat`."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs of one layer, and whether the neuron should fire at them."""
+
+    x: Tensor
+    """[n, d_model] float32, each dimension divided by its root mean square on reference text."""
+    fire: Tensor
+    """[n] bool."""
+    weight: Tensor
+    """[n] cost of one squared unit of violation."""
+
+    def without(self, out: Tensor) -> "Examples":
+        """The same but for the rows [n] bool."""
+        keep = ~out
+        return Examples(self.x[keep], self.fire[keep], self.weight[keep])
+
+
+def fit_direction(
+    examples: Examples, *, silence: float, ridge: float, start: Tensor | None = None, prior: Tensor | None = None
+) -> Tensor:
+    """argmin_a ridge |a - prior|^2/2 + sum_i weight_i hinge_i(a.x_i)^2/2, [d_model].
+
+    hinge: (1 - f)+ where the neuron should fire, (f + silence)+ elsewhere. silence: how far below the firing threshold
+    other inputs are pulled. start: where Newton's method starts. prior: direction that costs nothing; zero by default.
+    """
+    x, fire, weight = examples.x, examples.fire, examples.weight
+    width = x.shape[1]
+    anchor = torch.zeros(width) if prior is None else prior
+    a = anchor.clone() if start is None else start.clone()
+    goal = torch.where(fire, 1.0, -silence)
+    sign = torch.where(fire, 1.0, -1.0)
+
+    def short(f: Tensor) -> Tensor:
+        return (sign * (goal - f)).clamp(min=0)
+
+    def cost(a: Tensor, f: Tensor) -> float:
+        return float(0.5 * ridge * (a - anchor).square().sum() + 0.5 * (weight * short(f).square()).sum())
+
+    f = x @ a
+    now = cost(a, f)
+    for _ in range(ROUNDS):
+        missing = short(f)
+        active = missing > 0
+        xa, wa = x[active], weight[active]
+        slope = ridge * (a - anchor) - xa.T @ (wa * sign[active] * missing[active])
+        hessian = (xa.T * wa) @ xa + ridge * torch.eye(width)
+        step = -torch.linalg.solve(hessian, slope[:, None])[:, 0]
+        moved = x @ step
+        t = 1.0
+        while t > 1e-3 and (then := cost(a + t * step, f + t * moved)) > now - 1e-4 * t * abs(float(slope @ step)):
+            t /= 2
+        if t <= 1e-3:
+            break
+        a, f = a + t * step, f + t * moved
+        gain, now = now - then, then
+        if gain <= 1e-4 * now:
+            break
+    return a
+
+
+def fit_constant(second: Tensor, mean: Tensor, scale: Tensor, near: Tensor, ridge: float = 1e-2) -> Tensor:
+    """Direction [d_model] that answers 1 wherever it can: least squares on reference text and on the inputs `near`.
+
+    second, mean: E[x x'] and E[x] of raw inputs; scale: [d_model] by which they are divided; near: [k, d_model], divided.
+    There is no bias weight in most models, but inputs have a mean, and a direction along it serves as one.
+    """
+    scaled = second / scale[:, None] / scale[None]
+    width = len(mean)
+    share = 1.0 / max(1, len(near))
+    matrix = scaled + share * near.T @ near + ridge * torch.eye(width)
+    right = mean / scale + share * near.sum(0)
+    return torch.linalg.solve(matrix.double(), right.double()[:, None])[:, 0].float()
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Input rows of one neuron: activation act(gate.x) (up.x), or act(gate.x) in a plain block; biases are zero."""
+
+    gate: Tensor
+    up: Tensor | None
+    gain: float
+    """What the activation is where the classifier says 1; the column is divided by it."""
+
+    def respond(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """Activation over gain [...] at raw inputs [..., d_model]."""
+        n = act(x @ self.gate)
+        if self.up is not None:
+            n = n * (x @ self.up)
+        return n / self.gain
+
+
+def make_detector(direction: Tensor, constant: Tensor, scale: Tensor, shape: str, gated: bool) -> Detector:
+    """Rows for raw inputs from directions for scaled ones."""
+    gate = STEEP * direction / scale
+    if not gated:
+        return Detector(gate, None, STEEP)
+    up = {"flat": constant, "square": direction, "hump": 2 * constant - direction}[shape]
+    return Detector(gate, up / scale / STEEP, 1.0)
