@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 
 from mint.model.hooks import record, record_block_inputs
 from mint.model.lm import LM, Encoded
-from mint.model.suffix import kept_cache, kept_prefix, record_states, start_at
+from mint.model.suffix import kept_cache, kept_prefix, record_states, start_at, suffix_logits
 
+SOFT = 0.5
+"""Temperature, in logits, of the soft maximum."""
 _TOKENS = 1536
 """Padded tokens of one clean forward."""
 
@@ -30,6 +33,8 @@ class Bundle:
     layer: int
     hidden: Tensor
     """[b, m, width], the residual stream as it enters the layer, at the tokens that predict the target."""
+    whole: tuple[Tensor, ...]
+    """Per text, [tokens, width]: the same at all its tokens."""
     inputs: Tensor
     """[b, m, d_model] float32 on CPU, what the layer's input rows see there."""
     prompt_inputs: tuple[Tensor, ...]
@@ -42,6 +47,12 @@ class Bundle:
     """[b, m] bool: where there is a target token."""
     clean: Tensor
     """[b, m] margin of the target token without an edit; 0 where there is none."""
+    clean_soft: Tensor
+    """[b, m] the same over the soft maximum of the rivals."""
+    spread: float
+    """How far the best logit stands above the mean of all, on average."""
+    endings: dict[int, Tensor]
+    """Last target token -> ids that write at least as much; empty where the texts are to be written exactly."""
     prefix: list[tuple[Tensor, Tensor]]
     mask: Tensor
     positions: Tensor
@@ -50,22 +61,31 @@ class Bundle:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def accepted(self) -> list[Tensor]:
+        """Ids that count as right at each real place, in the order of `real.nonzero()`."""
+        last = self.real.sum(1) - 1
+        return [
+            self.endings.get(int(self.target[i, p]), self.target[i, p : p + 1])
+            if p == last[i]
+            else self.target[i, p : p + 1]
+            for i, p in self.real.nonzero().tolist()
+        ]
+
     def logits(self, writes: Tensor) -> Tensor:
         """Logits [real tokens, vocab], float32 on CPU, with writes [b, m, d_model] added to the block's output."""
         rows, columns = self.real.nonzero().T
         with self.lm.only_at(rows, columns):
             return self._forward(writes)
 
-    def leads(self, writes: Tensor, want: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
-        """Leads over rivals and their gradients by what is written.
+    def soft_margins(self, writes: Tensor, want: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Margins over the soft maximum of all rivals, and their gradients by what is written.
 
-        writes: [b, m, d_model]; want: [b, m] bool, the places asked for; rivals: [b, m] ids. Gives leads [b, m] and
-        gradients [b, m, m, d_model]: entry [i, p, q] is the gradient of the lead at p by what is written at q <= p.
+        writes: [b, m, d_model]; want: [b, m] bool, the places asked for; below: [b, m], margins above which nobody wants a
+        gradient. Gives margins [b, m], gradients [b, m, m, d_model] (entry [i, p, q]: of the margin at p by what is written
+        at q <= p) and the places [b, m] that have one.
         """
         b, m = self.real.shape
-        want = want & self.real
         rows, columns = self.real.nonzero().T
-        asked = want[rows, columns]
         seen: dict[str, Tensor] = {}
 
         def split(_module, args):
@@ -73,7 +93,7 @@ class Bundle:
             seen["read"] = args[0].detach().requires_grad_()
             return (seen["read"],)
 
-        leads, gradients = torch.zeros(b, m), torch.zeros(b, m, m, writes.shape[-1])
+        found, gradients = torch.zeros(b, m), torch.zeros(b, m, m, writes.shape[-1])
         with torch.enable_grad(), self.lm.only_at(rows, columns):
             write = writes.clone().requires_grad_()
             handle = self.lm.module(self.lm.layout.unembedding).register_forward_pre_hook(split)
@@ -81,18 +101,62 @@ class Bundle:
                 logits = self._forward(write)
             finally:
                 handle.remove()
-            own = logits.gather(1, self.target[rows, columns][:, None])[:, 0]
-            lead = own - logits.gather(1, rivals[rows, columns][:, None])[:, 0]
-            (by_read,) = torch.autograd.grad(lead[asked].sum(), seen["read"])
-            leads[rows, columns] = lead.detach()
+            margin = judge(logits, self.accepted())[1]
+            found[rows, columns] = margin.detach()
+            want = want & self.real & (found < below)
+            asked = want[rows, columns]
+            if not asked.any():
+                return found, gradients, want
+            (by_read,) = torch.autograd.grad(margin[asked].sum(), seen["read"])
             # Texts do not see each other, so one backward serves a whole column of places.
             for p in range(m):
                 here = asked & (columns == p)
                 if here.any():
-                    picked = (by_read[0] * here.to(by_read.device)[:, None])[None]
+                    picked = by_read * here.to(by_read.device)[None, :, None]
                     (by_write,) = torch.autograd.grad(seen["all"], write, picked, retain_graph=True)
                     gradients[:, p] = by_write.float()
-        return leads, gradients
+        return found, gradients, want
+
+    @torch.no_grad()
+    def present_margins(self) -> Tensor:
+        """[b, m] margins in the model's present weights, which must be the old ones below the layer; whole texts run."""
+        out = torch.zeros(self.real.shape)
+        accepted = dict(zip(map(tuple, self.real.nonzero().tolist()), self.accepted(), strict=True))
+        for batch in _batches([len(x) for x in self.whole]):
+            longest = len(self.whole[batch[0]])
+            hidden = torch.stack([_padded(self.whole[i], longest) for i in batch])
+            places = [(k, i, p) for k, i in enumerate(batch) for p in range(int(self.real[i].sum()))]
+            rows = torch.tensor([k for k, _, _ in places])
+            first = [len(self.prompt_inputs[i]) for i in batch]
+            columns = torch.tensor([first[k] + p for k, _, p in places])
+            logits = suffix_logits(self.lm, self.layer, hidden, self.as_tuple, rows, columns).cpu()
+            found, _ = judge(logits, [accepted[i, p] for _, i, p in places])
+            out[[i for _, i, _ in places], [p for _, _, p in places]] = found
+        return out
+
+    def part(self, rows: Tensor, tokens: int) -> "Bundle":
+        """Some of the texts ([k] indices), and at most so many tokens of each."""
+        m = min(tokens, int(self.real[rows].sum(1).max()))
+        before = self.mask.shape[1] - self.real.shape[1]
+        return Bundle(
+            self.lm,
+            self.layer,
+            self.hidden[rows, :m],
+            tuple(self.whole[i] for i in rows.tolist()),
+            self.inputs[rows, :m],
+            tuple(self.prompt_inputs[i] for i in rows.tolist()),
+            self.neurons[rows, :m],
+            self.target[rows, :m],
+            self.real[rows, :m],
+            self.clean[rows, :m],
+            self.clean_soft[rows, :m],
+            self.spread,
+            self.endings,
+            [(keys[rows], values[rows]) for keys, values in self.prefix],
+            self.mask[rows, : before + m],
+            self.positions[rows, :m],
+            self.as_tuple,
+        )
 
     def _forward(self, writes: Tensor) -> Tensor:
         lm = self.lm
@@ -110,23 +174,42 @@ class Bundle:
             return lm.model(input_ids=ids, **options).logits[0].float().cpu()
 
 
-def judge(logits: Tensor, target: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """Margins [n] and best rivals [n, count] of logits [n, vocab] for target ids [n]."""
-    own = logits.gather(1, target[:, None])
-    top = logits.scatter(1, target[:, None], float("-inf")).topk(count, dim=1)
-    return (own - top.values[:, :1])[:, 0], top.indices
+def judge(logits: Tensor, accepted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Margins [n] of accepted ids in logits [n, vocab], over the best rival, and over the soft maximum of all rivals."""
+    rivals = torch.stack(
+        [row.index_fill(0, ids, -torch.inf) for row, ids in zip(logits, accepted, strict=True)]
+    )
+    own = torch.stack([row[ids].amax() for row, ids in zip(logits, accepted, strict=True)])
+    return own - rivals.amax(1), own - SOFT * torch.logsumexp(rivals / SOFT, 1)
+
+
+def _endings(lm: LM, texts: Sequence[Encoded]) -> dict[int, Tensor]:
+    """Last target token -> every token that begins with its text: a longer one writes the target just as well."""
+    tokens = lm.tokenizer.convert_ids_to_tokens(list(range(len(lm.tokenizer))))
+    last = {t.target[-1] for t in texts if not t.n_stop}
+    return {
+        i: torch.tensor(
+            [j for j, token in enumerate(tokens) if token is not None and token.startswith(tokens[i])]
+        )
+        for i in last
+    }
 
 
 @torch.no_grad()
-def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int]) -> dict[int, Bundle]:
-    """One plain forward of all texts (prompt and target), kept for restarts in any of `layers`."""
+def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int], exact: bool = False) -> dict[int, Bundle]:
+    """One plain forward of all texts (prompt and target), kept for restarts in any of `layers`.
+
+    exact: every target token must be written as it is; otherwise the last may be a longer one that begins with it.
+    """
     b, m = len(texts), max(len(t.target) for t in texts)
     starts = [len(t.prompt) - 1 for t in texts]
     longest = max(starts)
     target, real = torch.zeros(b, m, dtype=torch.long), torch.zeros(b, m, dtype=torch.bool)
     for i, text in enumerate(texts):
         target[i, : len(text.target)], real[i, : len(text.target)] = torch.tensor(text.target), True
-    clean = torch.zeros(b, m)
+    clean, soft = torch.zeros(b, m), torch.zeros(b, m)
+    spread = 0.0
+    endings = {} if exact else _endings(lm, texts)
     lowest = min(layers)
     hidden: dict[int, list] = {layer: [None] * b for layer in layers}
     inputs: dict[int, list] = {layer: [None] * b for layer in layers}
@@ -146,15 +229,20 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int]) -> dict[int,
             logits = lm.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().cpu()
         as_tuple = states.as_tuple
         pairs = kept_prefix(lm, cache, ids.shape[1] - 1)
-        margins, _ = judge(logits, torch.tensor([t for i in batch for t in texts[i].target]))
+        spread += len(batch) * float((logits.amax(1) - logits.mean(1)).mean())
+        alone = [torch.tensor([t]) for i in batch for t in texts[i].target]
+        ends = torch.tensor([len(texts[i].target) for i in batch]).cumsum(0) - 1
+        for i, end in zip(batch, ends.tolist(), strict=True):
+            alone[end] = endings.get(texts[i].target[-1], alone[end])
+        margins, softs = judge(logits, alone)
         at = 0
         for k, i in enumerate(batch):
             n, start = len(texts[i].target), starts[i]
-            clean[i, :n] = margins[at : at + n]
+            clean[i, :n], soft[i, :n] = margins[at : at + n], softs[at : at + n]
             at += n
             kept[i] = [(key[k, :, :start], value[k, :, :start]) for key, value in pairs]
             for layer in layers:
-                hidden[layer][i] = _padded(states.hidden[layer][k, start : start + n], m)
+                hidden[layer][i] = states.hidden[layer][k, : start + n].clone()
                 inputs[layer][i] = seen[layer][k, : start + n].float().cpu().clone()
                 neurons[layer][i] = _padded(fired[layer][k, start : start + n].float().cpu(), m)
     prefix = _stacked(kept, longest, lowest)
@@ -166,13 +254,17 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int]) -> dict[int,
         layer: Bundle(
             lm,
             layer,
-            torch.stack(hidden[layer]),
+            torch.stack([_padded(x[s:], m) for x, s in zip(hidden[layer], starts, strict=True)]),
+            tuple(hidden[layer]),
             torch.stack([_padded(x[s:], m) for x, s in zip(inputs[layer], starts, strict=True)]),
             tuple(x[:s] for x, s in zip(inputs[layer], starts, strict=True)),
             torch.stack(neurons[layer]),
             target,
             real,
             clean,
+            soft,
+            spread / len(texts),
+            endings,
             prefix,
             mask,
             positions,
@@ -202,12 +294,10 @@ def _stacked(kept: list, longest: int, lowest: int) -> list[tuple[Tensor, Tensor
     """Keys and values [b, heads, longest, size] of the layers, zeros in front; empty below `lowest`, where nobody looks."""
 
     def joined(layer: int, which: int) -> Tensor:
-        parts = []
-        for pairs in kept:
-            x = pairs[layer][which]
-            if layer < lowest:
-                x = x[..., :0]
-            parts.append(torch.cat([x.new_zeros(x.shape[0], longest - x.shape[1], x.shape[2]), x], 1))
-        return torch.stack(parts)
+        like = kept[0][layer][which]
+        if layer < lowest:  # never looked at but for its length: one number, lent out
+            return like.new_zeros(()).expand(len(kept), like.shape[0], longest, like.shape[2])
+        parts = (pairs[layer][which] for pairs in kept)
+        return torch.stack([functional.pad(x, (0, 0, longest - x.shape[1], 0)) for x in parts])
 
     return [(joined(layer, 0), joined(layer, 1)) for layer in range(len(kept[0]))]

@@ -1,7 +1,7 @@
 """What a rule's neuron writes: the smallest column that gives every learn prompt its margins, at every size it may have.
 
-Gauss-Newton on margins over single rivals: linearise over all prompts and scenarios at once, one convex quadratic
-programme with slack (mint/solver/qp.py), search along the way, repeat. A scenario is a set of activations: those of
+Gauss-Newton on margins over the soft maximum of all rivals: linearise over all prompts and scenarios at once, one convex quadratic
+programme with slack (mint/solver/qp.py), damped where the linear model fails, repeat. A scenario is a set of activations: those of
 the gate as it is, and those it would have had without the prompt. Knows nothing about gates.
 """
 
@@ -13,9 +13,6 @@ from torch import Tensor
 
 from mint.rules.bundle import Bundle, judge
 from mint.solver.qp import smallest
-
-_RIVALS = 2
-_STEPS = (1.0, 0.5, 0.2)
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,17 @@ class Linear:
     owner: Tensor
     """[c] index of the text, counted through all tasks."""
 
-    def solve(self, out: int | None = None) -> Tensor:
-        """Columns [neurons * d_model], without the constraints of text `out`."""
+    def solve(self, out: int | None = None, near: Tensor | None = None, damping: float = 0.0) -> Tensor:
+        """argmin |w|^2/2 + damping |w - near|^2/2 + bound.(need - jacobian.w)+, [neurons * d_model].
+
+        out: a text whose constraints are left out.
+        """
         keep = torch.ones(len(self.need), dtype=torch.bool) if out is None else self.owner != out
+        centre = torch.zeros(self.jacobian.shape[1]) if near is None else near * damping / (1 + damping)
         if not keep.any():
-            return torch.zeros(self.jacobian.shape[1])
-        return smallest(self.jacobian[keep], self.need[keep], self.bound[keep])[0]
+            return centre
+        j = self.jacobian[keep]
+        return centre + smallest(j, self.need[keep] - j @ centre, self.bound[keep] / (1 + damping))[0]
 
 
 @dataclass(frozen=True)
@@ -73,78 +75,80 @@ def writes(task: Task, scenario: int, columns: Tensor) -> Tensor:
 
 @torch.no_grad()
 def margins(task: Task, scenario: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Margins [b, m] and best rivals [b, m, 2]."""
+    """Margins [b, m] over the best rival, and over the soft maximum of all rivals."""
     b = task.bundle
-    found, best = judge(b.logits(writes(task, scenario, columns)), b.target[b.real], _RIVALS)
-    out, rivals = torch.zeros(b.real.shape), torch.zeros(*b.real.shape, _RIVALS, dtype=torch.long)
-    out[b.real], rivals[b.real] = found, best
-    return out, rivals
+    found, soft = judge(b.logits(writes(task, scenario, columns)), b.accepted())
+    out = torch.zeros(2, *b.real.shape)
+    out[0][b.real], out[1][b.real] = found, soft
+    return out[0], out[1]
 
 
-def _shortfall(task: Task, found: Tensor) -> float:
-    missing = (task.wanted - found).clamp(min=0)
-    missing[~task.bundle.real] = 0
-    return float((missing * task.price[:, None]).sum())
+def _cost(tasks: Sequence[Task], columns: Tensor) -> float:
+    cost = 0.5 * float(columns.square().sum())
+    for task in tasks:
+        for s in range(len(task.levels)):
+            missing = (task.wanted - margins(task, s, columns)[1]).clamp(min=0)
+            missing[~_movable(task, s)] = 0
+            cost += float((missing * task.price[:, None]).sum())
+    return cost
 
 
-def _cost(tasks: Sequence[Task], columns: Tensor) -> tuple[float, list[list[tuple[Tensor, Tensor]]]]:
-    seen = [[margins(t, s, columns) for s in range(len(t.levels))] for t in tasks]
-    short = sum(_shortfall(t, m) for t, each in zip(tasks, seen, strict=True) for m, _ in each)
-    return 0.5 * float(columns.square().sum()) + short, seen
+def _movable(task: Task, scenario: int) -> Tensor:
+    """[b, m] bool: places that the neurons can move at all, being awake there or before."""
+    return task.bundle.real & (task.levels[scenario].abs().amax(0).cumsum(1) > 1e-3)
 
 
-def _linearise(
-    tasks: Sequence[Task], columns: Tensor, seen: list[list[tuple[Tensor, Tensor]]], slack: float
-) -> Linear:
-    rows, need, bound, owner = [], [], [], []
+def _linearise(tasks: Sequence[Task], columns: Tensor, slack: float) -> Linear:
+    width = columns.numel()
+    rows, need, bound, owner = (
+        [torch.zeros(0, width)],
+        [torch.zeros(0)],
+        [torch.zeros(0)],
+        [torch.zeros(0).long()],
+    )
     offset = 0
-    for task, each in zip(tasks, seen, strict=True):
+    for task in tasks:
         b = task.bundle
-        for s, (found, rivals) in enumerate(each):
+        for s in range(len(task.levels)):
             levels = task.levels[s]
-            # A constraint that the neuron cannot move (silent up to there) is no constraint.
-            moved = levels.abs().amax(0).cumsum(1) > 1e-3
-            near = b.real & moved & (found < task.wanted + slack)
-            for j in range(_RIVALS):
-                want = near if j == 0 else near & (found < task.wanted)
-                if not want.any():
-                    continue
-                lead, gradient = b.leads(writes(task, s, columns), want, rivals[..., j])
-                i, p = want.nonzero().T
-                row = torch.einsum("kcq,cqd->ckd", levels[:, i], gradient[i, p]).flatten(1)
-                rows.append(row)
-                need.append(task.wanted[i, p] - lead[i, p] + row @ columns.flatten())
-                bound.append(task.price[i])
-                owner.append(offset + i)
+            lead, gradient, seen = b.soft_margins(
+                writes(task, s, columns), _movable(task, s), task.wanted + slack
+            )
+            i, p = seen.nonzero().T
+            row = torch.einsum("kcq,cqd->ckd", levels[:, i], gradient[i, p]).flatten(1)
+            rows.append(row)
+            need.append(task.wanted[i, p] - lead[i, p] + row @ columns.flatten())
+            bound.append(task.price[i])
+            owner.append(offset + i)
         offset += len(b)
-    if not rows:
-        width = columns.numel()
-        return Linear(torch.zeros(0, width), torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     return Linear(torch.cat(rows), torch.cat(need), torch.cat(bound), torch.cat(owner))
 
 
-def fit(tasks: Sequence[Task], start: Tensor, iterations: int, slack: float = 2.0, enough: float = 0.02) -> Columns:
+def fit(
+    tasks: Sequence[Task], start: Tensor, iterations: int, slack: float = 3.0, enough: float = 0.03
+) -> Columns:
     """Columns [neurons, d_model] that minimise |columns|^2 / 2 + priced shortfalls over all tasks and scenarios.
 
     start: where to begin. slack: logits beyond its wanted margin up to which a place stays a constraint. enough: stop once
-    an iteration gains less than this share.
+    an iteration gains less than this share. Steps are held back by a proximal term that grows where the linear model
+    promised too much (Levenberg's damping).
     """
-    columns = start
-    cost, seen = _cost(tasks, columns)
-    linear = _linearise(tasks, columns, seen, slack)
-    for iteration in range(iterations):
-        step = linear.solve().view_as(columns) - columns
-        tried = []
-        for t in _STEPS:
-            tried.append((*_cost(tasks, columns + t * step), columns + t * step))
-            if tried[-1][0] < cost - 0.3 * t * abs(cost) or t == _STEPS[-1]:
+    columns, damping = start, 0.0
+    cost = _cost(tasks, columns)
+    linear = _linearise(tasks, columns, slack)
+    done = 0
+    while done < iterations:
+        for _ in range(3):
+            moved = linear.solve(near=columns.flatten(), damping=damping).view_as(columns)
+            then = _cost(tasks, moved)
+            if then < cost:
                 break
-        best = min(tried, key=lambda x: x[0])
-        if best[0] >= cost:
+            damping = max(1.0, 4 * damping)
+        else:
             break
-        gain, cost, seen, columns = cost - best[0], best[0], best[1], best[2]
-        linear = _linearise(tasks, columns, seen, slack)
+        done, gain, cost, columns = done + 1, cost - then, then, moved
+        damping = 0.0 if damping <= 0.25 else damping / 2
+        linear = _linearise(tasks, columns, slack)
         if gain < enough * cost:
             break
-    short = cost - 0.5 * float(columns.square().sum())
-    return Columns(columns, linear, iteration + 1 if iterations else 0, short)
+    return Columns(columns, linear, done, cost - 0.5 * float(columns.square().sum()))

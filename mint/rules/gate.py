@@ -13,8 +13,6 @@ from torch import Tensor
 STEEP = 8.0
 """Gate pre-activation where the classifier says 1: large enough that SiLU and GELU act as a ReLU."""
 ROUNDS = 40
-SHAPES = ("flat", "square", "hump")
-"""Activation over the classifier's answer f: relu(f), relu(f) f, relu(f) (2 - f). Plain blocks know only `flat`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,12 @@ class Examples:
 
 
 def fit_direction(
-    examples: Examples, *, silence: float, ridge: float, start: Tensor | None = None, prior: Tensor | None = None
+    examples: Examples,
+    *,
+    silence: float,
+    ridge: float,
+    start: Tensor | None = None,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """argmin_a ridge |a - prior|^2/2 + sum_i weight_i hinge_i(a.x_i)^2/2, [d_model].
 
@@ -66,7 +69,9 @@ def fit_direction(
         step = -torch.linalg.solve(hessian, slope[:, None])[:, 0]
         moved = x @ step
         t = 1.0
-        while t > 1e-3 and (then := cost(a + t * step, f + t * moved)) > now - 1e-4 * t * abs(float(slope @ step)):
+        while t > 1e-3 and (then := cost(a + t * step, f + t * moved)) > now - 1e-4 * t * abs(
+            float(slope @ step)
+        ):
             t /= 2
         if t <= 1e-3:
             break
@@ -108,10 +113,14 @@ class Detector:
         return n / self.gain
 
 
-def make_detector(direction: Tensor, constant: Tensor, scale: Tensor, shape: str, gated: bool) -> Detector:
-    """Rows for raw inputs from directions for scaled ones."""
+def make_detector(direction: Tensor, constant: Tensor, scale: Tensor, width: float, gated: bool) -> Detector:
+    """Rows for raw inputs, from directions for scaled ones: activation f (w - f) / (w - 1) above 0, f in a plain block.
+
+    f = direction.x is 1 at a typical fault. width: w > 1; the activation is the same at f = 1 and f = w - 1 and highest
+    between, so that it hardly depends on how surely a fault is recognised.
+    """
     gate = STEEP * direction / scale
     if not gated:
         return Detector(gate, None, STEEP)
-    up = {"flat": constant, "square": direction, "hump": 2 * constant - direction}[shape]
+    up = (width * constant - direction) / (width - 1)
     return Detector(gate, up / scale / STEEP, 1.0)

@@ -1,0 +1,118 @@
+"""The solver of rules on tiny models: one neuron, learnt from a few prompts, holds behind prompts it has not seen."""
+
+import random
+
+import pytest
+import torch
+
+from mint.errors import MintError
+from mint.model.lm import Encoded
+from mint.patch import applied
+from mint.rules.bundle import bundle, judge
+from mint.rules.gate import Examples, fit_constant, fit_direction, make_detector
+from mint.rules.solve import RuleSettings, solve_rule
+from mint.solver.problem import margins
+from tests.conftest import same_bits, tiny_lm, weights_of
+
+QUICK = RuleSettings(layers=(0,), ridges=(0.05,), silences=(0.5,), thresholds=(0.5,))
+
+
+def prompts(ending: str, n: int, seed: int) -> list[list[int]]:
+    """Random bytes before a fixed ending."""
+    rng = random.Random(seed)
+    ids = [1 + b for b in ending.encode()]
+    return [[rng.randrange(1, 257) for _ in range(rng.randrange(4, 12))] + ids for _ in range(n)]
+
+
+def written(lm, prompt: list[int], n: int = 1) -> tuple[int, ...]:
+    return tuple(lm.generate([prompt], n)[0])
+
+
+def rule(lm, n: int = 6, seed: int = 0) -> tuple[list[Encoded], list[Encoded]]:
+    wanted = 90
+    learn = [Encoded(tuple(p), (wanted,)) for p in prompts("call(", n, seed)]
+    keep = [Encoded(tuple(p), written(lm, p)) for p in prompts("other", n, seed + 1)]
+    return learn, keep
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_neuron_holds_behind_unseen_prompts(family):
+    lm = tiny_lm(family)
+    before = weights_of(lm)
+    learn, keep = rule(lm)
+    found = solve_rule(lm, learn, keep, QUICK)
+    assert same_bits(before, weights_of(lm))
+    assert found.reason is None and found.neurons == 1
+    unseen = [Encoded(tuple(p), (90,)) for p in prompts("call(", 8, 7)]
+    with applied(lm, found.change):
+        assert all(float(margins(lm, e).min()) > 0 for e in learn)
+        right = sum(float(margins(lm, e).min()) > 0 for e in unseen)
+        kept = sum(written(lm, list(e.prompt)) == e.target for e in keep)
+    assert right >= 6
+    assert kept >= len(keep) - 1
+
+
+def test_restart_gives_the_clean_margins(lm):
+    texts = [Encoded(tuple(p), (5, 6, 7)) for p in prompts("x", 3, 0)] + [Encoded((9,), (8,))]
+    for layer, found in bundle(lm, texts, [0, 1, 2], exact=True).items():
+        again = judge(found.logits(torch.zeros_like(found.inputs)), found.accepted())[0]
+        assert torch.allclose(again, found.clean[found.real], atol=1e-3), layer
+        assert torch.allclose(found.present_margins()[found.real], found.clean[found.real], atol=1e-3)
+        for i, text in enumerate(texts):
+            assert torch.allclose(found.clean[i, : len(text.target)], margins(lm, text), atol=1e-3)
+
+
+def test_gradients_of_soft_margins_agree_with_differences(lm):
+    texts = [Encoded(tuple(p), (5, 6, 7)) for p in prompts("x", 2, 0)]
+    found = bundle(lm, texts, [1])[1]
+    start = torch.zeros_like(found.inputs)
+    everything = torch.full(found.real.shape, torch.inf)
+    value, gradient, seen = found.soft_margins(start, found.real, everything)
+    assert seen.all()
+    step = 1e-2 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
+    up, down = (found.soft_margins(start + s * step, found.real, everything)[0] for s in (1, -1))
+    expected = torch.einsum("ipqd,iqd->ip", gradient, step)
+    assert torch.allclose((up - down) / 2, expected, atol=2e-2, rtol=0.1)
+
+
+def test_a_longer_last_token_counts_as_right(lm):
+    texts = [Encoded((5, 6), (7,))]
+    found = bundle(lm, texts, [1])[1]
+    assert found.accepted()[0].tolist() == [7]  # bytes: no token begins with another
+
+
+def test_direction_separates_and_a_constant_stands_in_for_the_bias():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator) + 1.0
+    fire = torch.zeros(400, dtype=torch.bool)
+    fire[:20] = True
+    x[fire, 0] += 6.0
+    wide = torch.cat([x, torch.full((400, 1), 30.0)], 1)
+    direction = fit_direction(Examples(wide, fire, torch.ones(400)), silence=0.5, ridge=1.0)
+    assert (wide @ direction)[fire].min() > (wide @ direction)[~fire].max()
+    constant = fit_constant(wide.T @ wide / 400, wide.mean(0), torch.ones(13), wide[fire])
+    assert ((wide @ constant) - 1).abs().max() < 0.1
+
+
+def test_activation_is_the_same_at_the_typical_fault_and_at_its_mirror():
+    constant, direction = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    rows = make_detector(direction, constant, torch.ones(2), 2.5, gated=True)
+    x = torch.tensor([[1.0, 1.0], [1.0, 1.5], [1.0, -2.0]])
+    n = rows.respond(x, torch.nn.functional.silu)
+    assert torch.allclose(n[:2], torch.ones(2), atol=0.01) and abs(float(n[2])) < 1e-3
+
+
+def test_nothing_to_repair_is_said(lm):
+    p = prompts("call(", 2, 0)
+    found = solve_rule(lm, [Encoded(tuple(x), written(lm, x)) for x in p], [], QUICK)
+    assert found.change is None and "already" in found.reason
+
+
+def test_bad_settings_are_refused(lm):
+    learn, keep = rule(lm, 2)
+    with pytest.raises(MintError, match="at least one learn prompt"):
+        solve_rule(lm, [], keep, QUICK)
+    with pytest.raises(MintError, match="max_neurons must be 1 or 2"):
+        solve_rule(lm, learn, keep, RuleSettings(max_neurons=3))
+    with pytest.raises(MintError, match="margin must be a positive number"):
+        solve_rule(lm, learn, keep, RuleSettings(margin=-1.0))
