@@ -14,14 +14,14 @@ from mint.rules.solve import RuleSettings, solve_rule
 from mint.solver.problem import margins
 from tests.conftest import same_bits, tiny_lm, weights_of
 
-QUICK = RuleSettings(layers=(0,), ridges=(0.05,), silences=(0.5,), thresholds=(0.5,))
+QUICK = RuleSettings(layers=(0,), ridges=(0.05,), silences=(0.5,), thresholds=(0.3,))
 
 
 def prompts(ending: str, n: int, seed: int) -> list[list[int]]:
     """Random bytes before a fixed ending."""
     rng = random.Random(seed)
     ids = [1 + b for b in ending.encode()]
-    return [[rng.randrange(1, 257) for _ in range(rng.randrange(4, 12))] + ids for _ in range(n)]
+    return [[rng.randrange(1, 257) for _ in range(rng.randrange(2, 6))] + ids for _ in range(n)]
 
 
 def written(lm, prompt: list[int], n: int = 1) -> tuple[int, ...]:
@@ -30,26 +30,26 @@ def written(lm, prompt: list[int], n: int = 1) -> tuple[int, ...]:
 
 def rule(lm, n: int = 6, seed: int = 0) -> tuple[list[Encoded], list[Encoded]]:
     wanted = 90
-    learn = [Encoded(tuple(p), (wanted,)) for p in prompts("call(", n, seed)]
-    keep = [Encoded(tuple(p), written(lm, p)) for p in prompts("other", n, seed + 1)]
+    learn = [Encoded(tuple(p), (wanted,)) for p in prompts(" = call(", n, seed)]
+    keep = [Encoded(tuple(p), written(lm, p)) for p in prompts("in other", n, seed + 1)]
     return learn, keep
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_one_neuron_holds_behind_unseen_prompts(family):
-    lm = tiny_lm(family)
+    lm = tiny_lm(family, 1)
     before = weights_of(lm)
-    learn, keep = rule(lm)
+    learn, keep = rule(lm, 8)
     found = solve_rule(lm, learn, keep, QUICK)
     assert same_bits(before, weights_of(lm))
     assert found.reason is None and found.neurons == 1
-    unseen = [Encoded(tuple(p), (90,)) for p in prompts("call(", 8, 7)]
+    unseen = [Encoded(tuple(p), (90,)) for p in prompts(" = call(", 8, 7)]
     with applied(lm, found.change):
-        assert all(float(margins(lm, e).min()) > 0 for e in learn)
+        learnt = sum(float(margins(lm, e).min()) > 0 for e in learn)
         right = sum(float(margins(lm, e).min()) > 0 for e in unseen)
         kept = sum(written(lm, list(e.prompt)) == e.target for e in keep)
-    assert right >= 6
-    assert kept >= len(keep) - 1
+    assert learnt >= 7 and right >= 7
+    assert kept >= 6
 
 
 def test_restart_gives_the_clean_margins(lm):
@@ -103,7 +103,7 @@ def test_activation_is_the_same_at_the_typical_fault_and_at_its_mirror():
 
 
 def test_nothing_to_repair_is_said(lm):
-    p = prompts("call(", 2, 0)
+    p = prompts(" = call(", 2, 0)
     found = solve_rule(lm, [Encoded(tuple(x), written(lm, x)) for x in p], [], QUICK)
     assert found.change is None and "already" in found.reason
 
