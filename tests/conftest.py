@@ -32,6 +32,50 @@ FAMILIES = {
     "falcon": lambda **k: T.FalconConfig(**SIZE, **k),
 }
 
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16}
+DELTA = {
+    "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+FOUR = GATED | {"num_hidden_layers": 4}
+EYE = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def _gemma3(**k):
+    """A vision-language wrapper whose vision tower is larger than its language model."""
+    text = GATED | {"head_dim": 8, "sliding_window": 4} | k
+    return T.Gemma3Config(text_config=text, vision_config=EYE, image_token_index=250, boi_token_index=251,
+                          eoi_token_index=252)  # fmt: skip
+
+
+HYBRIDS = {
+    "granite_hybrid": lambda **k: T.GraniteMoeHybridConfig(
+        **GATED, **MAMBA, num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=64, mamba_n_groups=1,
+        layer_types=["mamba", "attention", "mamba"], mamba_expand=2, **k),
+    "lfm2": lambda **k: T.Lfm2Config(**GATED, full_attn_idxs=[1], block_auto_adjust_ff_dim=False, **k),
+    "falcon_h1": lambda **k: T.FalconH1Config(**GATED, **MAMBA, mamba_d_ssm=64, mlp_multipliers=[0.7, 1.3], **k),
+    "qwen3_5": lambda **k: T.Qwen3_5TextConfig(**FOUR, **DELTA, **k),
+    "qwen3_next": lambda **k: T.Qwen3NextConfig(**FOUR, **DELTA, mlp_only_layers=[0, 1, 2, 3], num_experts=0, **k),
+    "olmo_hybrid": lambda **k: T.OlmoHybridConfig(**FOUR, **{n: v for n, v in DELTA.items() if n != "head_dim"}, **k),
+    "jamba": lambda **k: T.JambaConfig(
+        **GATED, num_experts=1, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8,
+        use_mamba_kernels=False, **k),
+    "recurrent_gemma": lambda **k: T.RecurrentGemmaConfig(
+        **(GATED | {"intermediate_size": 128}), lru_width=32, attention_window_size=32, **k),
+    "bamba": lambda **k: T.BambaConfig(**GATED, **MAMBA, attn_layer_indices=[1], mamba_n_groups=1, **k),
+    "nemotron_h": lambda **k: T.NemotronHConfig(
+        **FOUR, head_dim=8, hybrid_override_pattern="-M*-", mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16,
+        **k),
+    "apertus": lambda **k: T.ApertusConfig(**GATED, **k),
+    "doge": lambda **k: T.DogeConfig(**GATED, **k),
+    "glm": lambda **k: T.GlmConfig(**GATED, head_dim=8, **k),
+    "gemma3": _gemma3,
+}  # fmt: skip
+"""Dense models whose layers are not all alike, with activations or wrappers of their own."""
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token a byte, an end-of-sequence token and nothing to download."""
@@ -46,7 +90,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A random model of a family: 3 layers, width 32, bytes as vocabulary."""
     torch.manual_seed(seed)
-    config = FAMILIES[family](vocab_size=257, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    config = (FAMILIES | HYBRIDS)[family](vocab_size=257, bos_token_id=None, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         # Freshly initialised models are nearly linear and nearly silent; larger weights make them behave.

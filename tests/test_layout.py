@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers as T
-from transformers import AutoModelForCausalLM
 
 from mint.errors import LayoutError
 from mint.model.hooks import override, record, record_block_inputs
@@ -115,15 +114,6 @@ def test_in_half_precision_too():
         assert tiny_lm(family, dtype=torch.bfloat16).layout == tiny_lm(family).layout
 
 
-def test_mixture_of_experts_is_refused():
-    config = T.MixtralConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-        num_local_experts=4, vocab_size=97,
-    )  # fmt: skip
-    with pytest.raises(LayoutError, match="mixture of experts"):
-        find_layout(AutoModelForCausalLM.from_config(config))
-
-
 def test_encoder_decoder_is_refused():
     config = T.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=97)
     with pytest.raises(LayoutError, match="encoder-decoder"):
@@ -145,10 +135,19 @@ def test_offloaded_weights_are_refused():
         find_layout(lm.model)
 
 
-def test_an_unknown_activation_is_refused():
+def test_an_activation_unknown_to_the_library_is_taken_from_the_layer():
     lm = tiny_lm("llama")
     for layer in range(lm.n_layers):
         lm.layer(layer).mlp.act_fn = torch.nn.Softsign()
+    layout = find_layout(lm.model)
+    assert layout.block(1).activation == "model.layers.1.mlp.act_fn"
+    torch.testing.assert_close(layout.act(1)(torch.ones(2)), torch.full((2,), 0.5))
+
+
+def test_an_activation_that_mixes_neurons_is_refused():
+    lm = tiny_lm("llama")
+    for layer in range(lm.n_layers):
+        lm.layer(layer).mlp.act_fn = torch.nn.Softmax(dim=-1)
     with pytest.raises(LayoutError, match="no feed-forward block found"):
         find_layout(lm.model)
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from mint.attribution.faults import Fault, differences
 from mint.errors import ModelError
 from mint.model.hooks import override, record
 from mint.model.lm import LM
-from mint.model.suffix import forward_replaced, kept_cache, kept_prefix, record_states, start_at
+from mint.model.suffix import forward_replaced, kept_cache, kept_prefix, new_cache, record_states, start_at
 
 ROWS = 512
 """Most candidates that run together."""
@@ -39,7 +39,7 @@ class Run:
     fault: Fault
     hidden: dict[int, Tensor]
     """Layer -> [1, tokens, width], the residual stream as it enters the layer."""
-    as_tuple: bool
+    as_tuple: int
     neurons: list[Tensor]
     """Activations [tokens, d_ff] a layer."""
     logits: Tensor
@@ -78,7 +78,7 @@ def record_run(lm: LM, ids: Sequence[int], fault: Fault, changes: dict[int, Chan
     Memory: L x tokens x (width + d_ff + keys and values). Checks itself: a restart that changes nothing.
     """
     ids = list(ids)[: fault.position + 1]
-    cache = DynamicCache() if len(ids) > 1 else None
+    cache = new_cache(lm) if len(ids) > 1 else None
     row = torch.tensor([0], device=lm.device)
     column = torch.tensor([len(ids) - 1], device=lm.device)
     with ExitStack() as stack:
@@ -89,14 +89,15 @@ def record_run(lm: LM, ids: Sequence[int], fault: Fault, changes: dict[int, Chan
         stack.enter_context(lm.only_at(row, column))
         options = {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
         logits = lm.model(input_ids=lm.pad([ids]), **options).logits[0, 0].float()
-    kept = [neurons[layer][0].clone() for layer in range(lm.n_layers)]
+    none = torch.zeros(1, len(ids), 0, device=lm.device)  # a layer without a block
+    kept = [neurons.get(layer, none)[0].clone() for layer in range(lm.n_layers)]
     run = Run(
         tuple(ids), fault, states.hidden, states.as_tuple, kept, logits, _prefix(lm, cache, len(ids) - 1)
     )
     return _self_tested(lm, run)
 
 
-def _prefix(lm: LM, cache: DynamicCache | None, length: int) -> list[tuple[Tensor, Tensor]] | None:
+def _prefix(lm: LM, cache: Cache | None, length: int) -> list[tuple[Tensor, Tensor]] | None:
     if cache is None:
         return None
     try:
@@ -112,7 +113,7 @@ def _self_tested(lm: LM, run: Run) -> Run:
     for prefix in (run.prefix, None):
         tried = Run(**{**run.__dict__, "prefix": prefix})
         try:
-            error = abs(float(rerun(lm, tried, {0: lambda n: n}, 1)[0]) - run.metric)
+            error = abs(float(rerun(lm, tried, {lm.layout.repairable[0]: lambda n: n}, 1)[0]) - run.metric)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             if prefix is None:
                 raise
@@ -285,7 +286,7 @@ def exact_all(
     """Exact scores of every neuron of the model at the fault's position, one tensor [d_ff] a layer."""
     out = []
     for layer in range(lm.n_layers):
-        every = torch.arange(lm.block(layer).d_ff)
+        every = torch.arange(lm.d_ff(layer))
         out.append(patch_layer(lm, run, layer, every, reference_at(run, reference, layer).cpu()))
         say(f"exact patching: layer {layer + 1} of {lm.n_layers}")
     return out
@@ -367,7 +368,7 @@ def block_effects(
     Blocks linearise badly, so there is no linear version. Each layer runs one batch of whole sequences.
     """
     out = []
-    for layer in range(lm.n_layers) if layers is None else layers:
+    for layer in lm.layout.repairable if layers is None else layers:
         wanted = reference[layer]
 
         def change(n: Tensor, wanted=wanted) -> Tensor:

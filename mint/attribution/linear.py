@@ -39,11 +39,12 @@ def _leaves(lm: LM) -> Iterator[dict[int, Tensor]]:
     """Within: a forward fills layer -> activations (the model's own shape), as nodes of a graph that starts there."""
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        for layer in range(lm.n_layers):
+        for layer in lm.layout.repairable:
 
             def hook(_module, args, layer=layer):
                 # Nothing below the first neurons is asked for, so the graph starts at them.
-                seen[layer] = args[0].detach().requires_grad_() if layer == 0 else args[0]
+                first = layer == lm.layout.repairable[0]
+                seen[layer] = args[0].detach().requires_grad_() if first else args[0]
                 return (seen[layer], *args[1:])
 
             stack.callback(lm.module(lm.block(layer).out).register_forward_pre_hook(hook).remove)
@@ -57,32 +58,50 @@ def forward_with_graph(lm: LM, ids: Sequence[int], faults: Sequence[Fault]) -> t
     """
     with torch.enable_grad(), _leaves(lm) as seen:
         logits = lm.logits([list(ids)], [[f.position for f in faults]])
-        return differences(logits, faults), [seen[layer] for layer in range(lm.n_layers)]
+        return differences(logits, faults), [seen.get(layer, _none(lm, ids)) for layer in range(lm.n_layers)]
+
+
+def _none(lm: LM, ids: Sequence[int]) -> Tensor:
+    """The neurons of a layer without a block: none."""
+    return torch.zeros(1, len(ids), 0, device=lm.device, requires_grad=True)
 
 
 def backward(metrics: Tensor, nodes: Sequence[Tensor]) -> list[Tensor]:
     """d metrics[i] / d node for every i and node, [faults, tokens, d_ff] a node; the graph is kept."""
     n = len(metrics)
     if n == 1:
-        found = torch.autograd.grad(metrics[0], list(nodes), retain_graph=True)
-        return [g.reshape(1, -1, g.shape[-1]) for g in found]
+        found = _grad(metrics[0], nodes)
+        return [g.reshape(1, *_tokens_and_size(g)) for g in found]
     eye = torch.eye(n, device=metrics.device, dtype=metrics.dtype)
     try:
         with warnings.catch_warnings():
             # vmap says which operations it runs one by one; nothing the user could act on.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            found = torch.autograd.grad(metrics, list(nodes), eye, retain_graph=True, is_grads_batched=True)
-        return [g.reshape(n, -1, g.shape[-1]) for g in found]
+            found = _grad(metrics, nodes, eye)
+        return [g.reshape(n, *_tokens_and_size(g[0])) for g in found]
     except (RuntimeError, NotImplementedError):  # an operation of the model that vmap cannot batch
         each = [backward(m[None], nodes) for m in metrics]
         return [torch.cat(layer) for layer in zip(*each, strict=True)]
+
+
+def _grad(metrics: Tensor, nodes: Sequence[Tensor], eye: Tensor | None = None) -> list[Tensor]:
+    """Gradients of the metric by every node, [faults, ...] with `eye`; nodes without neurons have none."""
+    wanted = [node for node in nodes if node.shape[-1]]
+    found = torch.autograd.grad(metrics, wanted, eye, retain_graph=True, is_grads_batched=eye is not None)
+    given = iter(found)
+    rows = () if eye is None else (len(eye),)
+    return [next(given) if node.shape[-1] else node.new_zeros(*rows, *node.shape) for node in nodes]
+
+
+def _tokens_and_size(node: Tensor) -> tuple[int, int]:
+    return node.shape[:-1].numel(), node.shape[-1]
 
 
 def deltas(nodes: Sequence[Tensor], reference: Sequence[Tensor] | None) -> list[Tensor]:
     """reference - activation, [tokens, d_ff] a layer, float32. reference: [d_ff] or [tokens, d_ff] a layer; None: zero."""
     out = []
     for layer, node in enumerate(nodes):
-        n = node.detach().reshape(-1, node.shape[-1]).float()
+        n = node.detach().reshape(*_tokens_and_size(node)).float()
         if reference is None:
             out.append(-n)
             continue

@@ -62,6 +62,8 @@ def path_gradients(lm: LM, run: Run, reference: Reference, layer: int, steps: in
 def _ig(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tensor]:
     return [
         (path_gradients(lm, run, reference, layer) * _change(run, reference, layer)).cpu()
+        if lm.d_ff(layer)
+        else torch.zeros(0)
         for layer in range(lm.n_layers)
     ]
 
@@ -154,7 +156,7 @@ def direct_gradient(lm: LM, run: Run) -> Tensor:
 
     Zero for what later layers read: the direct share of an effect only.
     """
-    top = lm.n_layers - 1
+    top = lm.layout.repairable[-1]
     leaf: list[Tensor] = []
 
     def enter(_module, args):
@@ -190,7 +192,7 @@ def _activation(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tenso
 
 def _random(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(block.d_ff, generator=generator) for block in lm.layout.blocks]
+    return [torch.randn(lm.d_ff(layer), generator=generator) for layer in range(lm.n_layers)]
 
 
 def _captum(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tensor]:
@@ -214,7 +216,11 @@ def _captum(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tensor]:
         embedded = embed(ids).detach().requires_grad_()
         found = method.attribute(embedded, attribute_to_layer_input=True)
     found = [f[0] if isinstance(f, tuple) else f for f in found]
-    return [-f.detach().reshape(-1, f.shape[-1])[-1].float().cpu() for f in found]
+    scores = {
+        block.layer: -f.detach().reshape(-1, f.shape[-1])[-1].float().cpu()
+        for block, f in zip(lm.layout.blocks, found, strict=True)
+    }
+    return [scores.get(layer, torch.zeros(0)) for layer in range(lm.n_layers)]
 
 
 METHODS: dict[str, Method] = {

@@ -200,7 +200,7 @@ class _Flat:
 
     def __init__(self, lm: LM, run: Run, used: Reference, linear: LinearScores, stats: Statistics):
         self.run, self.used = run, used
-        self.sizes = [block.d_ff for block in lm.layout.blocks]
+        self.sizes = [lm.d_ff(layer) for layer in range(lm.n_layers)]
         self.starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         self.linear, self.summed = _cat([s[0] for s in linear.at_fault]), _cat([s[0] for s in linear.summed])
         self.estimate = self.linear
@@ -225,7 +225,8 @@ class _Flat:
         return self.starts[neuron[0]] + neuron[1]
 
     def neuron(self, place: int) -> Neuron:
-        layer = max(i for i, start in enumerate(self.starts) if start <= place)
+        # A layer without neurons starts where the next one does.
+        layer = max(i for i, start in enumerate(self.starts) if start <= place and self.sizes[i])
         return layer, place - self.starts[layer]
 
     def known(self) -> Tensor:

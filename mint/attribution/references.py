@@ -78,7 +78,8 @@ def _draw(lm: LM, seed: int) -> list[Tensor]:
         with record(lm) as seen:
             lm.logits([ids], [[0]])
         for layer in range(lm.n_layers):
-            out[layer].append(seen[layer][0][at.to(seen[layer].device)].float().cpu())
+            n = seen[layer][0][at.to(seen[layer].device)] if layer in seen else torch.zeros(count, 0)
+            out[layer].append(n.float().cpu())
     return [torch.cat(parts) for parts in out]
 
 
@@ -143,6 +144,6 @@ def make_reference(
     if name == "mean":
         return Reference(name, list(stats.neurons_mean))
     if name == "zero":
-        return Reference(name, [torch.zeros(block.d_ff) for block in lm.layout.blocks])
+        return Reference(name, [torch.zeros(lm.d_ff(layer)) for layer in range(lm.n_layers)])
     drawn = draws(lm, stats.key, say=say)
     return Reference(name, [layer[seed % len(layer)] for layer in drawn])

@@ -62,7 +62,7 @@ class Baseline:
     """Sequences by forward; `compare` runs the same ones, so that an unchanged model gives exactly 0."""
     states: tuple[dict[int, Tensor], ...] = ()
     """Per batch: layer -> what entered it, [batch, tokens, width], for the layers that were asked for."""
-    as_tuple: bool = False
+    as_tuple: int = 0
     """Whether the model's layers return tuples."""
 
     @property
@@ -137,7 +137,7 @@ def baseline(
     """
     sequences = tuple(_checked(lm, s, i) for i, s in enumerate(sequences))
     hidden = [torch.zeros(0, 0) for _ in sequences]
-    batches, kept, as_tuple = tuple(map(tuple, _batches(sequences, tokens))), [], False
+    batches, kept, as_tuple = tuple(map(tuple, _batches(sequences, tokens))), [], 0
     for batch in batches:
         rows, columns = _places(sequences, batch)
         seen: list[Tensor] = []

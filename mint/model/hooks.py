@@ -37,7 +37,10 @@ def stopped_after(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def record(lm: LM, layers: Sequence[int] | None = None) -> Iterator[dict[int, Tensor]]:
-    """Within: forwards fill the yielded dict with activations, layer -> [batch, tokens, d_ff] (the last forward's)."""
+    """Within: forwards fill the yielded dict with activations, layer -> [batch, tokens, d_ff] (the last forward's).
+
+    layers: default all that have a block.
+    """
     with _record_inputs(lm, layers, lambda block: block.out) as seen:
         yield seen
 
@@ -69,7 +72,7 @@ def _record_inputs(lm: LM, layers: Sequence[int] | None, name: Callable) -> Iter
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
         batch = stack.enter_context(_batch_size(lm))
-        for layer in range(lm.n_layers) if layers is None else layers:
+        for layer in lm.layout.repairable if layers is None else layers:
 
             def hook(_module, args, layer=layer):
                 seen[layer] = args[0].view(batch[0], -1, args[0].shape[-1])

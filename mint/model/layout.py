@@ -1,13 +1,15 @@
 """Where a causal language model keeps its feed-forward neurons, found by behaviour, never by model name.
 
 A neuron is one entry of the input of the last linear map of a feed-forward block. One probe forward on a few
-random tokens, cut off at the first decoder layer, shows which linear map that is: its input at a position depends
-on its own row's pre-activation alone, at that position alone, through a known activation function. An attention
-output fails this, since it mixes positions. This module knows nothing about tokenizers or files.
+random tokens, cut off behind the last layer that is built otherwise than those before it, shows which linear map that
+is: its input at a position depends on its own row's pre-activation alone, at that position alone, through an activation
+function. The outputs of attention, convolutions and state spaces fail this, since they mix positions. Layers of one
+model may differ, and a layer may have no such block. This module knows nothing about tokenizers or files.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +76,7 @@ class Block:
     up: Rows | None
     """Rows multiplied with the activated gate; None in a plain block."""
     activation: str
-    """Key of `transformers.activations.ACT2FN`."""
+    """Key of `Layout.activations`: a name of `transformers.activations.ACT2FN`, where one fits."""
     d_model: int
     d_ff: int
 
@@ -101,6 +103,7 @@ class Layout:
     layers: str
     """Name of the module list of decoder layers."""
     blocks: tuple[Block, ...]
+    """In the order of the layers; a layer may have none."""
     unembedding: str
     """Name of the linear map to the vocabulary."""
     final_norm: str | None
@@ -109,6 +112,10 @@ class Layout:
     """Whether the unembedding shares its weight with the input embedding."""
     width: int
     """Size of the residual stream."""
+    n_layers: int
+    """Number of decoder layers, with and without a block."""
+    absent: dict[int, str] = field(default_factory=dict, compare=False)
+    """Layer -> why nothing in it can be repaired."""
     activations: dict[str, Callable[[Tensor], Tensor]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -117,28 +124,73 @@ class Layout:
     def n_neurons(self) -> int:
         return sum(block.d_ff for block in self.blocks)
 
+    @property
+    def repairable(self) -> list[int]:
+        """The layers that have a block, in order."""
+        return sorted({block.layer for block in self.blocks})
+
+    def block(self, layer: int) -> Block:
+        """The block of a layer. Raises `LayoutError` where the layer has none."""
+        for block in self.blocks:
+            if block.layer == layer:
+                return block
+        have = ", ".join(map(str, self.repairable))
+        raise LayoutError(
+            f"layer {layer} has no feed-forward block that mint can repair ({self.absent.get(layer, 'no such layer')});"
+            f" use one of the layers {have}"
+        )
+
     def act(self, layer: int) -> Callable[[Tensor], Tensor]:
         """The activation function of a layer's block."""
-        return self.activations[self.blocks[layer].activation]
+        return self.activations[self.block(layer).activation]
 
 
 class _Cut(Exception):
-    """Ends the probe forward as soon as the first layer is done."""
+    """Ends the probe forward as soon as enough was seen."""
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The largest list of layers that a forward of plain tokens runs through (a vision tower is not one of them)."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     ]
     lists = [(n, m) for n, m in lists if not any(n != o and n.startswith(o + ".") for o, _ in lists)]
-    lists = [(n, m) for n, m in lists if len({type(child) for child in m}) == 1]
-    if not lists:
-        raise LayoutError(
-            f"{type(model).__name__} has no list of decoder layers; mint repairs decoder-only models"
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    lists.sort(key=lambda item: sum(p.numel() for p in item[1].parameters()), reverse=True)
+    for name, module in lists:
+        if _is_reached(model, module[0]):
+            return name, module
+    raise LayoutError(
+        f"{type(model).__name__} has no list of decoder layers; mint repairs decoder-only models"
+    )
+
+
+def _is_reached(model: nn.Module, module: nn.Module) -> bool:
+    def cut(*_):
+        raise _Cut
+
+    handle = module.register_forward_pre_hook(cut)
+    try:
+        with torch.no_grad():
+            _run_probe(model)
+    except _Cut:
+        return True
+    finally:
+        handle.remove()
+    return False
+
+
+def _run_probe(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embedding = model.get_input_embeddings().weight
+    ids = torch.randint(0, embedding.shape[0], (1, _PROBE_TOKENS), generator=generator)
+    was_training = model.training
+    model.eval()
+    try:
+        model(input_ids=ids.to(embedding.device), use_cache=False)
+    finally:
+        model.train(was_training)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -185,82 +237,69 @@ def refuse_unsupported(model: nn.Module) -> None:
         raise LayoutError(f"the model is quantised ({method}); load the unquantised model")
 
 
-def _refuse_experts(model: nn.Module, layer: nn.Module) -> None:
-    config = model.config
-    count = next(
-        (
-            getattr(config, key)
-            for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-            if isinstance(getattr(config, key, None), int) and getattr(config, key) > 1
-        ),
-        None,
-    )
-    nested = any(
-        isinstance(m, nn.ModuleList) and len(m) > 1 and sum(_is_linear(x) for x in m.modules()) >= 2 * len(m)
-        for m in layer.modules()
-    )
-    stacked = any(
-        p.dim() == 3 and min(p.shape) > 1 and p.shape[0] < min(p.shape[1:]) for p in layer.parameters()
-    )
-    if count or nested or stacked:
-        raise LayoutError(
-            f"{type(model).__name__} is a mixture of experts; mint repairs dense feed-forward blocks only"
-        )
-
-
 @dataclass
 class _Trace:
+    """What the maps of one layer saw and gave in the probe; names relative to the layer."""
+
+    width: int = 0
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    pointwise: list[str] = field(default_factory=list)
+    """Modules without linear maps that gave as many values as they took: possible activation functions."""
 
 
-def _trace_layer(model: nn.Module, layer: nn.Module) -> tuple[_Trace, int]:
-    """One forward through the first layer with gradients; inputs and outputs of its linear maps, and the width."""
-    trace = _Trace()
+def _build(layer: nn.Module) -> tuple:
+    """What a layer is made of; layers with equal builds have their block in the same place."""
+    parts = tuple((name, type(module).__name__) for name, module in layer.named_modules())
+    return type(layer).__name__, parts
+
+
+def _trace_layers(model: nn.Module, layers: Sequence[nn.Module]) -> list[_Trace]:
+    """One forward through the model up to the last of `layers`, with gradients inside each of them."""
+    traces = [_Trace() for _ in layers]
     handles = []
-    width = 0
 
-    def enter(_module, args, kwargs):
-        nonlocal width
-        if args:
-            hidden = args[0].detach().requires_grad_()
-            width = hidden.shape[-1]
-            return (hidden, *args[1:]), kwargs
-        hidden = kwargs["hidden_states"].detach().requires_grad_()
-        width = hidden.shape[-1]
-        return args, kwargs | {"hidden_states": hidden}
+    def enter(trace):
+        def hook(_module, args, kwargs):
+            hidden = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+            if hidden.dim() != 3 or hidden.shape[:2] != (1, _PROBE_TOKENS):
+                raise LayoutError(
+                    f"the layers of {type(model).__name__} pass on values of shape {tuple(hidden.shape)}; mint expects one"
+                    " residual stream, [batch, tokens, width]"
+                )
+            trace.width = hidden.shape[-1]
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+        return hook
+
+    def record(trace, name, linear):
+        def hook(_module, args, output):
+            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+                return
+            if linear and args[0].numel() == _PROBE_TOKENS * args[0].shape[-1]:
+                trace.inputs[name], trace.outputs[name] = args[0], output
+            elif not linear and args[0].shape == output.shape:
+                trace.pointwise.append(name)
+
+        return hook
 
     def leave(*_):
         raise _Cut
 
-    def record(name):
-        def hook(_module, args, output):
-            trace.inputs[name] = args[0]
-            trace.outputs[name] = output
-            return output
-
-        return hook
-
-    handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-    handles.append(layer.register_forward_hook(leave))
-    for name, module in layer.named_modules():
-        if _is_linear(module):
-            handles.append(module.register_forward_hook(record(name)))
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (1, _PROBE_TOKENS), generator=generator)
-    was_training = model.training
-    model.eval()
+    for trace, layer in zip(traces, layers, strict=True):
+        handles.append(layer.register_forward_pre_hook(enter(trace), with_kwargs=True))
+        for name, module in layer.named_modules():
+            handles.append(module.register_forward_hook(record(trace, name, _is_linear(module))))
+    handles.append(layers[-1].register_forward_hook(leave))
     try:
         with torch.enable_grad():
-            model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+            _run_probe(model)
     except _Cut:
         pass
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
-    return trace, width
+    return traces
 
 
 def _unit_map(neurons: Tensor, pre: Tensor, d_ff: int) -> list[tuple[int, int]] | None:
@@ -301,34 +340,102 @@ def _activation_functions() -> dict[str, Callable[[Tensor], Tensor]]:
     return {name: ACT2FN[name] for name in _ACTIVATIONS if name in ACT2FN}
 
 
-def _match_activation(
-    neurons: Tensor, gate: Tensor, up: Tensor | None, functions: dict[str, Callable]
-) -> tuple[str, float]:
-    """The activation with the smallest relative error of act(gate) * up against the neurons seen, and that error."""
+class _ModuleActivation:
+    """A model's own activation module (one with parameters, say), usable on any device and in any dtype."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._copies: dict[tuple, nn.Module] = {}
+
+    def __call__(self, z: Tensor) -> Tensor:
+        at = (z.device, z.dtype)
+        if at not in self._copies:
+            self._copies[at] = copy.deepcopy(self._module).to(device=z.device, dtype=z.dtype)
+        return self._copies[at](z)
+
+
+class _Scaled:
+    """An activation function of `factor` times its input."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], factor: float):
+        self._function, self._factor = function, factor
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._function(self._factor * z)
+
+
+def _mismatch(function: Callable, neurons: Tensor, gate: Tensor, up: Tensor | None) -> float:
+    """Largest error of act(gate) * up against the neurons seen, relative to the largest of them."""
     with torch.no_grad():
-        scale = neurons.float().abs().max().clamp_min(1e-30)
-        errors = {}
-        for name, function in functions.items():
+        try:
             # In the model's own dtype, so that rounding tells look-alikes (the kinds of GELU) apart.
             guess = function(gate) if up is None else function(gate) * up
-            error = ((guess.float() - neurons.float()).abs().max() / scale).item()
-            errors[name] = error if error == error else float("inf")
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return float("inf")  # a module that is no function of single values
+        if guess.shape != neurons.shape:
+            return float("inf")
+        scale = neurons.float().abs().max().clamp_min(1e-30)
+        error = ((guess.float() - neurons.float()).abs().max() / scale).item()
+    return error if error == error else float("inf")
+
+
+def _match_activation(
+    neurons: Tensor, gate: Tensor, up: Tensor | None, functions: dict[str, Callable], tolerance: float
+) -> tuple[str, Callable, float] | None:
+    """(name, function, error) of the activation under which act(gate) * up gives the neurons seen, or None."""
+    errors = {name: _mismatch(function, neurons, gate, up) for name, function in functions.items()}
     # min keeps the first of equals: the list above names the common ones first.
     best = min(errors, key=errors.__getitem__)
-    return best, errors[best]
+    if errors[best] <= tolerance:
+        return best, functions[best], errors[best]
+    for name in _ACTIVATIONS[:3]:  # a fixed multiplier before the activation (Falcon-H1)
+        factor, error = _fitted_factor(functions[name], neurons, gate, up)
+        if error <= tolerance:
+            return f"{name}({factor:.6g}x)", _Scaled(functions[name], factor), error
+    return None
 
 
-def _find_block(trace: _Trace, layer: nn.Module, width: int, functions: dict[str, Callable]) -> Block | None:
-    """The feed-forward block inside the traced layer, with module names relative to the layer."""
+def _fitted_factor(
+    function: Callable, neurons: Tensor, gate: Tensor, up: Tensor | None
+) -> tuple[float, float]:
+    """The factor c with the smallest error of act(c gate) * up, by golden section from the best of a coarse grid."""
+
+    def error(power: float) -> float:
+        return _mismatch(_Scaled(function, 10**power), neurons, gate, up)
+
+    grid = [k / 20 for k in range(-60, 61)]
+    middle = min(grid, key=error)
+    low, high = middle - 0.05, middle + 0.05
+    for _ in range(50):
+        a, b = high - 0.618034 * (high - low), low + 0.618034 * (high - low)
+        low, high = (low, b) if error(a) < error(b) else (a, high)
+    return 10 ** ((low + high) / 2), error((low + high) / 2)
+
+
+def _candidates(trace: _Trace, layer: nn.Module) -> dict[str, nn.Module]:
+    """Linear maps of the layer that all tokens pass, without those of lists of experts."""
+    lists = [n for n, m in layer.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     modules = dict(layer.named_modules())
-    best: tuple[float, Block] | None = None
-    for out, neurons in trace.inputs.items():
+    return {n: modules[n] for n in trace.inputs if not any(n.startswith(f"{x}.") for x in lists)}
+
+
+def _find_block(
+    trace: _Trace, layer: nn.Module, functions: dict[str, Callable]
+) -> tuple[Block, Callable] | None:
+    """The largest feed-forward block inside the traced layer (names relative to the layer) and its activation."""
+    modules, width = _candidates(trace, layer), trace.width
+    own = {name: layer.get_submodule(name) for name in trace.pointwise if name}
+    functions = functions | {name: _ModuleActivation(module) for name, module in own.items()}
+    best: tuple[int, float, Block, Callable] | None = None
+    for out in modules:
+        neurons = trace.inputs[out]
         d_ff, outputs = _sizes(modules[out])
         if outputs != width or not neurons.requires_grad or neurons.grad_fn is None:
             continue
         neurons = neurons.reshape(1, -1, d_ff)
         rows: list[tuple[Rows, Tensor]] = []
-        for name, pre in trace.outputs.items():
+        for name in modules:
+            pre = trace.outputs[name]
             units = pre.shape[-1]
             if name == out or units not in (d_ff, 2 * d_ff) or not pre.requires_grad:
                 continue
@@ -341,44 +448,34 @@ def _find_block(trace: _Trace, layer: nn.Module, width: int, functions: dict[str
         orders = {1: [(0, None)], 2: [(0, 1), (1, 0)]}.get(len(rows), [])
         tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(neurons.dtype, 3e-2)
         for gate, up in orders:
-            name, error = _match_activation(
-                neurons, rows[gate][1], None if up is None else rows[up][1], functions
+            match = _match_activation(
+                neurons, rows[gate][1], None if up is None else rows[up][1], functions, tolerance
             )
-            if error <= tolerance and (best is None or error < best[0]):
+            if match is None:
+                continue
+            name, function, error = match
+            if best is None or (d_ff, -error) > (best[0], -best[1]):
                 axis = 1 - _unit_axis(modules[out])
                 found = rows[gate][0], None if up is None else rows[up][0]
-                best = error, Block(0, out, axis, *found, name, width, d_ff)
-    return best[1] if best else None
+                best = d_ff, error, Block(0, out, axis, *found, name, width, d_ff), function
+    return best[2:] if best else None
 
 
 def _in_layer(block: Block, prefix: str, index: int, layer: nn.Module) -> Block:
     """The same block in another layer of the same build, sizes taken from that layer."""
-    modules = dict(layer.named_modules())
-    wanted = [r for r in (block.gate, block.up) if r is not None]
-    missing = [
-        n for n in (block.out, *(r.module for r in wanted)) if n not in modules or not _is_linear(modules[n])
-    ]
-    if missing:
-        raise LayoutError(
-            f"layer {index} has no linear map '{missing[0]}' as layer 0 has; its block is built otherwise"
-        )
-    d_ff, width = _sizes(modules[block.out])
-    if width != block.d_model:
-        raise LayoutError(
-            f"layer {index} writes {width} values, layer 0 writes {block.d_model}; expected the same"
-        )
+    d_ff, width = _sizes(layer.get_submodule(block.out))
 
     def place(rows: Rows | None) -> Rows | None:
         if rows is None:
             return None
         # A fused second half starts at d_ff, which may differ between layers.
         offset = d_ff if rows.offset == block.d_ff else rows.offset
-        bias = getattr(modules[rows.module], "bias", None) is not None
+        bias = getattr(layer.get_submodule(rows.module), "bias", None) is not None
         return Rows(f"{prefix}.{rows.module}", rows.axis, offset, rows.stride, bias)
 
     out = f"{prefix}.{block.out}"
-    return Block(
-        index, out, block.out_axis, place(block.gate), place(block.up), block.activation, width, d_ff
+    return replace(
+        block, layer=index, out=out, gate=place(block.gate), up=place(block.up), d_model=width, d_ff=d_ff
     )
 
 
@@ -409,33 +506,87 @@ def _find_head(model: nn.Module, layers: nn.ModuleList, layers_name: str) -> tup
     return names[id(head)], final
 
 
+_NO_BLOCK = "expected out(act(gate x)) or out(act(gate x) * (up x)) built from linear maps"
+
+
+def _find_blocks(
+    model: nn.Module, name: str, layers: nn.ModuleList
+) -> tuple[list[Block], dict[int, str], dict[str, Callable]]:
+    """The blocks of all layers, why the other layers have none, and the activation functions of the blocks."""
+    builds: dict[tuple, int] = {}
+    for index, layer in enumerate(layers):
+        builds.setdefault(_build(layer), index)
+    firsts = sorted(builds.values())
+    traces = _trace_layers(model, [layers[i] for i in firsts])
+    known = _activation_functions()
+    found = {i: _find_block(trace, layers[i], known) for i, trace in zip(firsts, traces, strict=True)}
+    functions: dict[str, Callable] = {}
+    blocks, absent = [], {}
+    for index, layer in enumerate(layers):
+        match = found[builds[_build(layer)]]
+        if match is None:
+            absent[index] = _NO_BLOCK
+            continue
+        template, function = match
+        block = _in_layer(template, f"{name}.{index}", index, layer)
+        if isinstance(function, _ModuleActivation):  # with parameters of its own in every layer
+            own = f"{name}.{index}.{template.activation}"
+            block, function = (
+                replace(block, activation=own),
+                _ModuleActivation(layer.get_submodule(template.activation)),
+            )
+        functions[block.activation] = function
+        blocks.append(block)
+    return *_without_shared(model, blocks, absent), functions
+
+
+def _without_shared(
+    model: nn.Module, blocks: list[Block], absent: dict[int, str]
+) -> tuple[list[Block], dict[int, str]]:
+    """The blocks whose weights belong to one layer alone: an edit of one layer must not change another."""
+    owners: dict[int, list[int]] = {}
+    for block in blocks:
+        owners.setdefault(id(model.get_submodule(block.out).weight), []).append(block.layer)
+    shared = {layer: group for group in owners.values() if len(group) > 1 for layer in group}
+    absent |= {layer: f"its weights are shared by layers {group}" for layer, group in shared.items()}
+    return [block for block in blocks if block.layer not in shared], absent
+
+
 def find_layout(model: nn.Module) -> Layout:
     """Locate the feed-forward neurons of a causal language model.
 
-    Runs one forward of six random tokens up to the first decoder layer. Raises `LayoutError` for encoder-decoder,
-    quantised, offloaded and mixture-of-experts models and for blocks that follow none of the known forms:
-    out(act(gate x)) and out(act(gate x) * (up x)).
+    Runs one forward of six random tokens up to the last layer that differs in build from all before it (the first, in a
+    model whose layers are alike). Layers without a block of one of the known forms, out(act(gate x)) and
+    out(act(gate x) * (up x)), are listed in `Layout.absent`. Raises `LayoutError` for encoder-decoder, quantised and
+    offloaded models and where no layer has such a block.
     """
     refuse_unsupported(model)
-    layers_name, layers = _decoder_layers(model)
-    _refuse_experts(model, layers[0])
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:
-        trace, width = _trace_layer(model, layers[0])
-        functions = _activation_functions()
-        block = _find_block(trace, layers[0], width, functions)
+        layers_name, layers = _decoder_layers(model)
+        blocks, absent, functions = _find_blocks(model, layers_name, layers)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    if block is None:
+    if not blocks:
+        reasons = sorted(set(absent.values()))
         raise LayoutError(
-            f"no feed-forward block found in '{layers_name}.0' of {type(model).__name__}; expected"
-            " out(act(gate x)) or out(act(gate x) * (up x)) built from linear maps"
+            f"no feed-forward block found in the layers '{layers_name}' of {type(model).__name__}: {'; '.join(reasons)}"
         )
-    blocks = tuple(_in_layer(block, f"{layers_name}.{i}", i, layer) for i, layer in enumerate(layers))
     head, final_norm = _find_head(model, layers, layers_name)
     embedding = model.get_input_embeddings().weight
     tied = model.get_submodule(head).weight.data_ptr() == embedding.data_ptr()
-    return Layout(layers_name, blocks, head, final_norm, tied, width, functions)
+    width = blocks[0].d_model
+    return Layout(
+        layers_name,
+        tuple(blocks),
+        head,
+        final_norm,
+        tied,
+        width,
+        len(layers),
+        absent,
+        functions,
+    )

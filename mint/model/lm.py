@@ -105,7 +105,7 @@ class LM:
 
     @property
     def n_layers(self) -> int:
-        return len(self.layout.blocks)
+        return self.layout.n_layers
 
     @property
     def context(self) -> int:
@@ -124,13 +124,20 @@ class LM:
         return self._parameters[name]
 
     def block(self, layer: int) -> Block:
-        return self.layout.blocks[layer]
+        """The feed-forward block of a layer. Raises `LayoutError` where the layer has none."""
+        return self.layout.block(layer)
 
     def layer(self, index: int) -> nn.Module:
         return self._modules[f"{self.layout.layers}.{index}"]
 
+    def d_ff(self, layer: int) -> int:
+        """Number of neurons of a layer; 0 where it has no block."""
+        return sum(block.d_ff for block in self.layout.blocks if block.layer == layer)
+
     def columns(self, layer: int) -> Tensor:
         """Output weights of a layer's neurons, [d_ff, d_model], a view: row j is what neuron j writes."""
+        if not self.d_ff(layer):
+            return self.model.get_input_embeddings().weight.new_zeros(0, self.layout.width)
         block = self.block(layer)
         weight = self.parameter(f"{block.out}.weight")
         return weight.T if block.out_axis == 1 else weight

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mint.errors import ModelError
 from mint.model.lm import LM
+
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Kinds of cache layers that hold keys and values and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,15 @@ class States:
 
     hidden: dict[int, Tensor]
     """Layer -> [batch, tokens, width], the residual stream as it enters the layer."""
-    as_tuple: bool
-    """Whether the model's layers return tuples."""
+    as_tuple: int
+    """How many values the model's layers return in a tuple; 0 where they return the stream alone."""
 
 
 @contextmanager
 def record_states(lm: LM, layers: Sequence[int]) -> Iterator[States]:
     """Within: a forward fills the yielded `States` for the given layers."""
     hidden: dict[int, Tensor] = {}
-    states = States(hidden, False)
+    states = States(hidden, 0)
 
     def enter(layer: int) -> Callable:
         def hook(_module, args, kwargs):
@@ -39,7 +42,7 @@ def record_states(lm: LM, layers: Sequence[int]) -> Iterator[States]:
         return hook
 
     def leave(_module, _args, output):
-        object.__setattr__(states, "as_tuple", isinstance(output, tuple))
+        object.__setattr__(states, "as_tuple", len(output) if isinstance(output, tuple) else 0)
 
     with ExitStack() as stack:
         for layer in layers:
@@ -50,7 +53,7 @@ def record_states(lm: LM, layers: Sequence[int]) -> Iterator[States]:
 
 
 @contextmanager
-def start_at(lm: LM, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+def start_at(lm: LM, layer: int, hidden: Tensor, as_tuple: int) -> Iterator[None]:
     """Within: forwards skip the layers below `layer`, and `hidden` [batch, tokens, width] enters it.
 
     The caller passes input ids of the same batch and length (their values do not matter): positions, masks and
@@ -58,7 +61,7 @@ def start_at(lm: LM, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[Non
     """
 
     def skip(*_args, **_kwargs):
-        return (hidden,) if as_tuple else hidden
+        return (hidden, *[None] * (as_tuple - 1)) if as_tuple else hidden
 
     def enter(_module, args, kwargs):
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -85,9 +88,7 @@ def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = previous
 
 
-def suffix_logits(
-    lm: LM, layer: int, hidden: Tensor, as_tuple: bool, rows: Tensor, columns: Tensor
-) -> Tensor:
+def suffix_logits(lm: LM, layer: int, hidden: Tensor, as_tuple: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Logits [n, vocab] in float32 at (rows[i], columns[i]), running only the layers from `layer` on.
 
     hidden: [batch, tokens, width] as it enters `layer`. For layer 0 the caller passes the embedded input.
@@ -113,12 +114,28 @@ class KeptLayer(DynamicLayer):
         )
 
 
-def kept_prefix(lm: LM, cache: DynamicCache, length: int) -> list[tuple[Tensor, Tensor]]:
+def new_cache(lm: LM) -> Cache:
+    """An empty cache of all that the model keeps of earlier tokens, without a sliding window where it keeps keys and values."""
+    try:
+        own = DynamicCache(config=lm.model.config)
+    except (
+        KeyError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ):  # a kind of layer that the library has no cache for
+        return DynamicCache()
+    return DynamicCache() if all(type(x) in _PLAIN for x in own.layers) else own
+
+
+def kept_prefix(lm: LM, cache: Cache, length: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [1, heads, length, size] of the first tokens in a filled cache, layer by layer.
 
     Raises `ModelError` for a model that keeps something else.
     """
     pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in getattr(cache, "layers", [])]
+    if any(type(x) not in _PLAIN for x in getattr(cache, "layers", [])):
+        pairs = []
     if len(pairs) != lm.n_layers or any(k is None or k.dim() != 4 or k.shape[-2] <= length for k, _ in pairs):
         raise ModelError(f"{lm.name} keeps no plain keys and values; mint cannot restart it inside a prompt")
     return [(k[..., :length, :], v[..., :length, :]) for k, v in pairs]

@@ -68,8 +68,12 @@ class Statistics:
 
 
 def sample_layers(lm: LM) -> list[int]:
-    """The layers of `SAMPLE_DEPTHS` in this model, without repeats, in order of preference."""
-    layers = [min(lm.n_layers - 1, int(depth * lm.n_layers)) for depth in SAMPLE_DEPTHS]
+    """The layers of `SAMPLE_DEPTHS` in this model, without repeats, in order of preference.
+
+    Where the layer at a depth has no block, the nearest that has one.
+    """
+    depths = [min(lm.n_layers - 1, int(depth * lm.n_layers)) for depth in SAMPLE_DEPTHS]
+    layers = [min(lm.layout.repairable, key=lambda layer: abs(layer - depth)) for depth in depths]
     return list(dict.fromkeys(layers))
 
 
@@ -114,6 +118,9 @@ def statistics(
     def measure(inputs: Iterable[int], neurons: Iterable[int] | None) -> None:
         wanted = [("inputs", layer) for layer in inputs]
         wanted += [("neurons", layer) for layer in (range(lm.n_layers) if neurons is None else neurons)]
+        for part in wanted:
+            if not lm.d_ff(part[1]):  # a layer without a block
+                known.parts[part] = dict.fromkeys(_FIELDS[part[0]], torch.zeros(0))
         missing = [part for part in wanted if part not in known.parts]
         if cache:
             known.parts |= _read(known.key, missing)

@@ -164,6 +164,8 @@ def _layers(lm: LM, settings: Settings) -> list[int]:
     bad = [layer for layer in settings.layers if not 0 <= layer < lm.n_layers]
     if bad or not settings.layers:
         raise MintError(f"layers must lie in 0 to {lm.n_layers - 1}, found {bad or 'none'}")
+    for layer in settings.layers:
+        lm.block(layer)
     return list(settings.layers)
 
 
@@ -204,7 +206,7 @@ def _blame(task: _Task, layers: Sequence[int]) -> list[Tensor]:
         for layer, block in enumerate(task.lm.layout.blocks)
     ]
     if not faults:  # every token is right, some by too little: nothing to blame
-        return [torch.zeros(block.d_ff) for block in task.lm.layout.blocks]
+        return [torch.zeros(task.lm.d_ff(layer)) for layer in range(task.lm.n_layers)]
     return [
         s.sum(0).cpu()
         for s in linear_scores(task.lm, task.problem.encoded, faults, mean, combined=True).summed

@@ -10,12 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
+from mint.errors import ModelError
 from mint.model.hooks import record_block_inputs
 from mint.model.lm import LM, Encoded
-from mint.model.suffix import kept_cache, kept_prefix, record_states, start_at
+from mint.model.suffix import kept_cache, kept_prefix, new_cache, record_states, start_at
 
 _GROUP = 12
 """Positions whose gradients are taken together."""
@@ -37,7 +38,9 @@ class Tail:
     """Leading tokens that predict no target token: 0, or all of the prompt but its last where the whole was kept."""
     prefix: list[tuple[Tensor, Tensor]] | None
     """Keys and values of the tokens before; None if there are none."""
-    as_tuple: bool
+    as_tuple: int
+    before: Tensor | None = None
+    """[1, tokens, width] of the tokens before, where the model keeps something else than keys and values: they run again."""
 
     def logits(self, writes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits [k, vocab] in float32 on CPU of trial rows[i] at the position that predicts target token columns[i].
@@ -45,8 +48,13 @@ class Tail:
         writes: [trials, m, d_model], what is added to the output of the layer's block in each trial and token.
         Keeps the caller's gradient mode.
         """
-        with self.lm.only_at(rows, columns + self.skip):
+        with self.lm.only_at(rows, columns + self.skip + self._again):
             return self._forward(writes)
+
+    @property
+    def _again(self) -> int:
+        """Tokens that run again in front of the m."""
+        return 0 if self.before is None else self.before.shape[1]
 
     def leads(self, write: Tensor, at: Tensor, own: Tensor, rival: Tensor) -> tuple[Tensor, Tensor]:
         """Logit of own[i] minus logit of rival[i] at target token at[i], [k], and its gradients [k, m, d_model].
@@ -64,7 +72,7 @@ class Tail:
         return leads, gradients
 
     def _leads(self, write: Tensor, at: Tensor, own: Tensor, rival: Tensor) -> tuple[Tensor, Tensor]:
-        at = at + self.skip
+        at = at + self.skip + self._again
         seen: dict[str, Tensor] = {}
 
         def split(_module, args):
@@ -90,7 +98,11 @@ class Tail:
     def _forward(self, writes: Tensor) -> Tensor:
         """Logits of what the unembedding is given to see, float32 on CPU; writes [trials, tokens, d_model]."""
         lm = self.lm
-        hidden = self.hidden[:, : writes.shape[1]].expand(writes.shape[0], -1, -1)
+        hidden = self.hidden[:, : writes.shape[1]]
+        if self.before is not None:
+            hidden = torch.cat([self.before, hidden], dim=1)
+            writes = F.pad(writes, (0, 0, self._again, 0))
+        hidden = hidden.expand(writes.shape[0], -1, -1)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=lm.device)
 
         def add(_module, _args, output):
@@ -122,7 +134,7 @@ def run_clean(lm: LM, encoded: Encoded, layers: Sequence[int], *, whole: bool = 
     """
     ids, n = encoded.ids[:-1], len(encoded.target)
     start = len(ids) - n
-    cache = DynamicCache()
+    cache = new_cache(lm)
     rows = torch.zeros(n, dtype=torch.long)
     with ExitStack() as stack:
         states = stack.enter_context(record_states(lm, layers))
@@ -132,10 +144,16 @@ def run_clean(lm: LM, encoded: Encoded, layers: Sequence[int], *, whole: bool = 
             lm.model(input_ids=lm.pad([ids]), past_key_values=cache, use_cache=True).logits[0].float().cpu()
         )
     cut = 0 if whole else start
-    prefix = kept_prefix(lm, cache, cut) if cut else None
+    try:
+        prefix = kept_prefix(lm, cache, cut) if cut else None
+    except ModelError:
+        prefix = None
     tails = {}
     for layer in layers:
         x = inputs[layer][0].float().cpu()
         hidden = states.hidden[layer][:, cut:]
-        tails[layer] = Tail(lm, layer, hidden, x[start:], x[:start], start - cut, prefix, states.as_tuple)
+        before = states.hidden[layer][:, :cut] if cut and prefix is None else None
+        tails[layer] = Tail(
+            lm, layer, hidden, x[start:], x[:start], start - cut, prefix, states.as_tuple, before
+        )
     return Clean(tails, logits)

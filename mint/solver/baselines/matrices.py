@@ -20,13 +20,22 @@ ALREADY_RIGHT = "the model already writes the target with the wanted margin; not
 
 
 def chosen_layers(lm: LM, settings: Settings, default: Sequence[int]) -> list[int]:
-    """The layers to edit in: the user's, else `default`; ascending. Raises `MintError` for a layer that is not there."""
+    """The layers to edit in: the user's, else those of `default` that have a block, or the nearest one; ascending.
+
+    Raises `MintError` for a layer that is not there or has no block.
+    """
+    have = lm.layout.repairable
+    default = [layer for layer in default if layer in have] or [
+        min(have, key=lambda layer: abs(layer - default[0]))
+    ]
     layers = sorted(set(default if settings.layers is None else settings.layers))
     if not layers or not all(0 <= layer < lm.n_layers for layer in layers):
         raise MintError(
             f"layers must be some of 0 to {lm.n_layers - 1}, found {list(settings.layers or ())}; name at least one"
             " layer that the model has"
         )
+    for layer in layers:
+        lm.block(layer)
     return layers
 
 

@@ -133,7 +133,7 @@ class _Start:
     prefix: list[int]
     layer: int
     hidden: Tensor
-    as_tuple: bool
+    as_tuple: int
 
 
 def _start(lm: LM, prefix: Sequence[int], layer: int) -> _Start:
