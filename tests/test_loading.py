@@ -80,14 +80,19 @@ def test_missing_weights_are_counted(tmp_path):
 
 
 def test_models_that_mint_does_not_repair(tmp_path):
-    config = T.MixtralConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-        num_local_experts=4, vocab_size=257,
-    )  # fmt: skip
-    T.MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
-    byte_tokenizer().save_pretrained(tmp_path / "moe")
-    with pytest.raises(LayoutError, match="mixture of experts"):
-        load_lm(str(tmp_path / "moe"))
+    config = T.Mamba2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=16,
+        n_groups=1,
+        vocab_size=257,
+    )
+    T.Mamba2ForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    byte_tokenizer().save_pretrained(tmp_path / "mamba")
+    with pytest.raises(LayoutError, match="no feed-forward block found"):
+        load_lm(str(tmp_path / "mamba"))
 
 
 def test_progress_and_warnings_of_transformers_stay_quiet(tmp_path, capfd):
