@@ -36,6 +36,10 @@ from mint.solver.stack import Stack, neurons_of
 SPECIFICITY = "specificity.jsonl"
 ALREADY_RIGHT = "the model already writes the target; no patch is needed"
 
+SETTINGS_MARGINS = (5.0, 10.0, 20.0)
+"""Logit margins tried one after another where a repair does not hold under the model's own generation settings: a
+repetition penalty of 1.1 takes a tenth of the logit of a token that was seen before."""
+
 Say = Callable[[str], None]
 Attribute = Callable[[LM, Problem], Any]
 Judge = Callable[[LM, Problem, Patch], Any]
@@ -56,6 +60,9 @@ class Wishes:
     """Outputs that must survive every repair."""
     verify_dtypes: tuple[str, ...] = ()
     """Names of dtypes in which the repaired model must write the target too."""
+    verify_settings: bool = False
+    """Whether the repaired model must write the target under its own generation settings too, greedily; where it does not,
+    the case is solved again with larger margins (`SETTINGS_MARGINS`)."""
     applied: tuple[Patch, ...] = ()
     """Patches that the model holds already: the repairs in them are protected, their neurons not used again."""
     contexts: bool = False
@@ -85,6 +92,10 @@ class Hooks:
 
 class Refused(Exception):
     """Ends one attempt; its text is the reason, one line."""
+
+
+class Bent(Refused):
+    """The repair holds in plain greedy text, and not under the model's own generation settings."""
 
 
 class Job(Protocol):
@@ -383,6 +394,11 @@ class Session:
             return Repair(case, before, before, note=ALREADY_RIGHT, timing=timing)
         job = _CaseJob(self, case, encoded, before)
         attempt = self.attempt(job)
+        for margin in SETTINGS_MARGINS:
+            if job.bent and margin > (job.settings.margin or 0):
+                self.hooks.say(f"{case.id}: again with a margin of {margin:g}, for the model's own settings")
+                job = _CaseJob(self, case, encoded, before, replace(job.settings, margin=margin))
+                attempt = self.attempt(job)
         return job.repair(attempt, timing)
 
     # ------------------------------------------------------------------ what came of it
@@ -457,8 +473,12 @@ class _CaseJob:
 
     kind = "cases"
 
-    def __init__(self, session: Session, case: Case, encoded: Encoded, before: str):
+    def __init__(
+        self, session: Session, case: Case, encoded: Encoded, before: str, settings: Settings | None = None
+    ):
         self.session, self.case, self.encoded, self.before = session, case, encoded, before
+        self.settings = settings or session.wishes.settings
+        self.bent = False
         self.problem = Problem(case, encoded)
         self.around: Places | None = None
         self.found: dict[str, Any] = {}
@@ -481,12 +501,16 @@ class _CaseJob:
                 lambda: places.prepare(lm, self.case, wishes.stop, kept, wishes.settings.seed)
             )
         hooks.say(f"{self.case.id}: solving")
-        self.timing["solve"], solution = _timed(lambda: self.session.solve(lm, self.problem, wishes.settings))
+        self.timing["solve"], solution = _timed(lambda: self.session.solve(lm, self.problem, self.settings))
         return solution
 
     def prove(self, lm: LM) -> None:
         self.session.hooks.say(f"{self.case.id}: generating with the repair")
-        self.found |= verify(lm, self.problem, self.session.wishes)
+        try:
+            self.found |= verify(lm, self.problem, self.session.wishes)
+        except Bent:
+            self.bent = True
+            raise
 
     def explain(self, lm: LM, change: Change) -> None:
         judge, around = self.session.hooks.judge, self.around
@@ -528,7 +552,8 @@ class _CaseJob:
 
 
 def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
-    """Prove a repair on the model that holds it, by generating the target, in every dtype asked for.
+    """Prove a repair on the model that holds it, by generating the target, in every dtype asked for
+    and, if asked for, under the model's own generation settings.
 
     Returns {margins_after, margin_min}. Raises `Refused` with what came out instead.
     """
@@ -541,6 +566,13 @@ def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
             raise Refused(
                 f"the repair holds in {str(lm.dtype).removeprefix('torch.')}, but in {name} the model writes"
                 f" {_short(other)}; ask for a larger --margin"
+            )
+    if wishes.verify_settings and lm.settings.changing:
+        other = lm.write(problem.encoded, problem.case, own_settings=True)
+        if other != problem.case.target:
+            raise Bent(
+                f"the repair holds in plain greedy text, but under the model's own generation settings"
+                f" ({lm.settings.told}) it writes {_short(other)}; ask for a larger --margin, or leave out --verify-settings"
             )
     with torch.no_grad():
         after = margins(lm, problem.encoded).tolist()

@@ -311,6 +311,95 @@ def test_text_under_the_models_own_settings_can_be_asked_for(tmp_path):
         lm.generate([prompt], 2, own_settings=True)
 
 
+def test_a_repair_is_held_under_the_models_own_settings_by_a_larger_margin(monkeypatch):
+    """A solver whose first answer a repetition penalty bends is asked again; without the wish, it is not."""
+    from mint import session
+    from mint.solver.problem import Settings as Wanted
+    from mint.solver.problem import Solution
+
+    lm = tiny_lm("llama")
+    lm.settings = Settings.read({"repetition_penalty": 1.1})
+    case, asked = Case("a", "some words", "x\n"), []
+    right = lm.encode(case)
+    monkeypatch.setattr(lm, "write", lambda e, c, own=False, **k: "y\n" if own_bends(k, own) else wrote())
+    state = {"in": False}
+
+    def wrote():
+        return "x\n" if state["in"] else "z\n"
+
+    def own_bends(options, own):
+        return (own or options.get("own_settings")) and asked[-1] is None
+
+    def solve(lm, problem, settings):
+        asked.append(settings.margin)
+        state["in"] = True
+        from mint.patch import Patch, identity, make_edit
+
+        edit = make_edit(lm, 1, 3, {"out": lm.columns(1)[3] * 2})
+        return Solution("test", Patch((edit,), identity(lm)), None, 1.0, 0.1, {})
+
+    def repaired(**wishes):
+        asked.clear()
+        state["in"] = False
+        wanted = session.Wishes(settings=Wanted(), effects=False, **wishes)
+        return session.repair(lm, [case], wanted, solve).repairs[0]
+
+    assert repaired().success and asked == [None]
+    one = repaired(verify_settings=True)
+    assert one.success and asked == [None, 5.0]
+    monkeypatch.setattr(session, "SETTINGS_MARGINS", ())
+    one = repaired(verify_settings=True)
+    assert (
+        not one.success and "under the model's own generation settings (repetition_penalty 1.1)" in one.reason
+    )
+    assert right.target
+
+
+# ---------------------------------------------------------------------- libraries that are missing
+
+
+def run_evaluate(folder: Path, out: Path, *more: str) -> int:
+    cases = out.parent / "cases.jsonl"
+    rows = [
+        {"id": str(i), "prompt": f"# list {i}\n", "target": f"ls {i}\n", "task": "nl2bash"} for i in range(2)
+    ]
+    cases.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = ["--neighbours", "0", "--no-contexts", "--no-patches", "--solver", "random"]
+    return main(["evaluate", "-m", str(folder), "--cases", str(cases), "--out", str(out), *options, *more])
+
+
+def test_a_missing_judge_is_told_before_anything_is_repaired(tmp_path, capsys, monkeypatch):
+    import sys
+
+    from mint.measure import judges
+
+    judges._bash_parser.cache_clear()
+    monkeypatch.setitem(sys.modules, "tree_sitter_bash", None)
+    assert run_evaluate(tmp_path / "no-model-is-looked-at", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "the bash judge needs" in said and "--no-judges" in said and not (tmp_path / "out").exists()
+    assert run_evaluate(saved(tmp_path / "m"), tmp_path / "out", "--no-judges", "--json") == 0, (
+        "the advice works"
+    )
+    judges._bash_parser.cache_clear()
+
+
+def test_a_run_in_which_every_row_failed_is_no_success(tmp_path, capsys, monkeypatch):
+    from mint.solver import SOLVERS
+
+    monkeypatch.setitem(SOLVERS, "random", lambda *_: 1 / 0)
+    assert run_evaluate(saved(tmp_path / "m"), tmp_path / "out", "--no-judges") == 1
+    assert "every row ended in an error (first: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_solver_without_its_package_is_told_at_once(monkeypatch):
+    from mint import solver
+
+    monkeypatch.setattr(solver.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MintError, match="the solver 'lora' needs the package peft, .*pip install peft"):
+        solver.named("lora")
+
+
 # ---------------------------------------------------------------------- GGUF in parts
 
 NAMES = {

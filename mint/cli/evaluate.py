@@ -58,6 +58,13 @@ def evaluate(
         int, typer.Option(min=2, help="Cases with more tokens are skipped, and counted.")
     ] = 1024,
     max_target_tokens: Annotated[int, typer.Option(min=1, help="The same for the target alone.")] = 256,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judges/--no-judges",
+            help="Also ask the code judges of the cases' tasks (parse, assemble, run).",
+        ),
+    ] = True,
     contexts: Annotated[
         bool,
         typer.Option(
@@ -128,6 +135,8 @@ def evaluate(
         other_cases = None if others is None else load_cases(others)
         code = None if not heldout else [_text(p) for p in heldout]
         known_tests = judges.load_tests_beside(cases) if tests is None else judges.load_tests(tests)
+        if judge:
+            _check_judges(wanted, known_tests)
         drift = Drift(repairs=repairs, protect=protect)
         if programs is not None:
             drift = _with_programs(drift, programs, program_tokens)
@@ -160,6 +169,7 @@ def evaluate(
                 neighbours=neighbours,
                 max_tokens=max_tokens,
                 max_target_tokens=max_target_tokens,
+                judges=judge,
                 contexts=contexts,
             ),
             drift=drift,
@@ -174,7 +184,24 @@ def evaluate(
         console.print_json(result)
     else:
         console.print_result((out / "summary.md").read_text(encoding="utf-8"))
+    errors = result["errors"]
+    if errors and all(s["errors"] == s["cases"] for s in result["solvers"].values()):
+        raise MintError(
+            f"every row ended in an error (first: {errors[0]['error']}); mend it and add --retry-errors, see"
+            f" {out / 'results.jsonl'}"
+        )
     return 0
+
+
+def _check_judges(cases, tests) -> None:
+    """What the judges of these cases need is there, before anything is repaired. Raises `MintError`."""
+    from mint.measure import efficacy, judges
+
+    for name in sorted({n for c in cases if (n := efficacy.judge_of(c, tests)) is not None}):
+        try:
+            judges.check_tool(name)
+        except MintError as error:
+            raise MintError(f"{error}, or leave the judges out with --no-judges") from None
 
 
 def _with_programs(drift, path: Path, tokens: int):

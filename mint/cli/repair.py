@@ -63,6 +63,13 @@ def repair(
     verify_dtype: Annotated[
         list[str] | None, typer.Option(help="Dtype in which the repair must hold too; may be repeated.")
     ] = None,
+    verify_settings: Annotated[
+        bool,
+        typer.Option(
+            "--verify-settings",
+            help="The repair must hold under the model's own generation settings too (repetition penalty), greedily.",
+        ),
+    ] = False,
     explain: Annotated[
         bool | None,
         typer.Option(
@@ -141,6 +148,7 @@ def repair(
             stop=stop,
             keep=kept,
             verify_dtypes=tuple(verify_dtype or []),
+            verify_settings=verify_settings,
             contexts=contexts,
         )
         solve = solvers.named(solver)

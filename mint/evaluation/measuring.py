@@ -46,6 +46,8 @@ class Options:
     """Cases whose prompt and target have more tokens are skipped, and listed."""
     max_target_tokens: int = 256
     """Cases whose target has more tokens are skipped, and listed."""
+    judges: bool = True
+    """Whether the code judges of the cases' tasks look at what is written."""
     contexts: bool = True
     """Whether contexts, wordings and near misses are measured (`mint.measure.places`)."""
 
@@ -219,7 +221,8 @@ def yardstick(
     """
     others = shipped_lines() if others is None else list(others)
     found, _ = usable(lm, others, options)
-    chosen = [found[c.id] for c in draw([c for c in others if c.id in found], options.neighbours, seed)]
+    known = [c for c in others if c.id in found] if options.neighbours else []
+    chosen = [found[c.id] for c in draw(known, max(1, options.neighbours), seed)]
     texts = passages(lm, shipped_code() if code is None else code)
     ordinary = spread(texts, options.ordinary_tokens)
     return Yardstick(
@@ -336,8 +339,8 @@ def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
             "after": efficacy.scores(written, case.target),
         },
         "judge": {
-            "before": efficacy.judged(case, clean.written, stick.tests),
-            "after": efficacy.judged(case, written, stick.tests),
+            side: efficacy.judged(case, text, stick.tests) if stick.options.judges else None
+            for side, text in (("before", clean.written), ("after", written))
         },
         "tokens": [lm.decode([t]) for t in clean.encoded.target],
         "margins_before": [round(m, 4) for m in clean.forced.margins],

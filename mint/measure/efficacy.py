@@ -45,18 +45,22 @@ def scores(found: str, wanted: str) -> dict[str, float]:
     }
 
 
+def judge_of(case: Case, tests: Mapping[str, dict] | None = None) -> str | None:
+    """The name of the judge of a case's task; None for a task without one, or without its tests."""
+    name = judges.JUDGE_OF_TASK.get(case.task or "")
+    return None if name == "python_tests" and case.id not in (tests or {}) else name
+
+
 def judged(case: Case, text: str, tests: Mapping[str, dict] | None = None) -> dict | None:
     """What the code judge of the case's task says of a text; None for a task without one, or without its tests.
 
     tests: by case id, {before, after} for the judge that runs programs. A judge whose tool is missing gives `error`.
     """
-    name = judges.JUDGE_OF_TASK.get(case.task or "")
+    name = judge_of(case, tests)
     if name is None:
         return None
     options = {}
-    if name == "python_tests":
-        if not tests or case.id not in tests:
-            return None
+    if name == "python_tests" and tests:
         options = {k: tests[case.id][k] for k in ("before", "after")}
     try:
         found = judges.judge(name, text, case.target, **options)

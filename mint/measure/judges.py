@@ -49,6 +49,14 @@ def judge(name: str, text: str, reference: str | None = None, **options) -> Judg
     return JUDGES[name](text, reference, **options)
 
 
+def check_tool(name: str) -> None:
+    """Raise `MintError` where the tool that a judge works with is not installed."""
+    if name == "bash":
+        _bash_parser()
+    elif name == "ia32":
+        assembler()
+
+
 # --- python -------------------------------------------------------------------------------------------------
 
 
@@ -112,8 +120,14 @@ _PLACEHOLDER = re.compile(r"\{\{.*?\}\}")
 
 @cache
 def _bash_parser():
-    import tree_sitter
-    import tree_sitter_bash
+    try:
+        import tree_sitter
+        import tree_sitter_bash
+    except ImportError as error:
+        raise MintError(
+            f"the bash judge needs the packages tree-sitter and tree-sitter-bash, found no {error.name}; pip install"
+            " tree-sitter tree-sitter-bash"
+        ) from None
 
     return tree_sitter.Parser(tree_sitter.Language(tree_sitter_bash.language()))
 

@@ -84,13 +84,17 @@ class Settings:
         """One line for the user where something in them changes the text; else nothing."""
         if not self.changing:
             return []
-        told = ", ".join(
-            k if v is True or isinstance(v, list | dict) else f"{k} {v}" for k, v in self.changing.items()
-        )
         return [
-            f"the model's generation settings ({told}) are left out: mint judges plain greedy text; --verify-settings"
+            f"the model's generation settings ({self.told}) are left out: mint judges plain greedy text; --verify-settings"
             " generates once more under them"
         ]
+
+    @property
+    def told(self) -> str:
+        """The settings that change something, in one line."""
+        return ", ".join(
+            k if v is True or isinstance(v, list | dict) else f"{k} {v}" for k, v in self.changing.items()
+        )
 
     def config(self, **plain) -> GenerationConfig:
         """Settings for one greedy generation under them. plain: what the caller decides (end tokens, length).

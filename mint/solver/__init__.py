@@ -1,6 +1,7 @@
 """Solvers by name: the minimal-edit solver and the baselines beside it."""
 
 import difflib
+import importlib.util
 
 from mint.errors import MintError
 from mint.solver import solve as minimal
@@ -18,10 +19,19 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
+_NEEDS = {"lora": "peft"}
+"""Packages that a solver needs and mint does not bring along."""
+
+
 def named(name: str) -> Solver:
-    """A solver of `SOLVERS`. Raises `MintError` for an unknown name, with the nearest and all known ones."""
+    """A solver of `SOLVERS`. Raises `MintError` for an unknown name, with the nearest and all known ones, and for one whose package is missing."""
     if name not in SOLVERS:
         near = difflib.get_close_matches(name, SOLVERS, 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise MintError(f"unknown solver '{name}'; known are {', '.join(SOLVERS)}{hint}")
+    package = _NEEDS.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise MintError(
+            f"the solver '{name}' needs the package {package}, which is not installed; pip install {package}"
+        )
     return SOLVERS[name]
