@@ -157,3 +157,11 @@ def real_lm() -> LM:
     from mint.model.loading import BUILTIN, load_lm
 
     return load_lm(BUILTIN)
+
+
+@pytest.fixture(scope="session")
+def habit_lm() -> LM:
+    """A tiny trained model with a habit (tests/habits.py). Read-only: leave it as you found it."""
+    from tests.habits import habitual_lm
+
+    return habitual_lm()

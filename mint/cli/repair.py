@@ -8,6 +8,7 @@ import typer
 
 from mint import console
 from mint.cli import options as o
+from mint.cli.rule import Accept, Judges, check_options, repair_rules
 from mint.errors import MintError, NoRepair
 
 EXAMPLES = """Repair one mistake of a model with a patch of one or two neurons.
@@ -20,6 +21,7 @@ Examples:
   mint repair -m smollm2-135m -p $'# sort list l in descending order\\n' -t $'l.sort(reverse=True)\\n' --out fix.safetensors
   mint repair -m ./my-model --cases faults.jsonl --keep must-not-change.jsonl --out fixes.safetensors --json
   mint repair -m ./my-model --patch fix.safetensors -p ... -t ... --out second.safetensors
+  mint repair -m ./my-model --rule clock.jsonl --learn 8 --accept 0.7 --out clock.safetensors
 """
 
 
@@ -32,6 +34,13 @@ def repair(
     cases: Annotated[
         Path | None, typer.Option(help="JSON Lines file of cases; all go into one patch, one after another.")
     ] = None,
+    rule: Annotated[
+        list[Path] | None,
+        typer.Option("--rule", help="Rule file (see `mint rule mine`); may be repeated, one after another."),
+    ] = None,
+    learn: Annotated[int, typer.Option(min=1, help="With --rule: faults to learn from.")] = 8,
+    accept: Accept = 0.7,
+    judge: Judges = None,
     keep: Annotated[
         Path | None, typer.Option(help="JSON Lines file of prompts whose outputs must not change.")
     ] = None,
@@ -106,6 +115,44 @@ def repair(
     o.check_stop(stop)
     if where not in ("auto", "responsible", "idle"):
         raise typer.BadParameter(f"unknown --where '{where}'; known are auto, responsible, idle")
+    if rule:
+        given = {
+            "--prompt": prompt,
+            "--target": target,
+            "--prompt-file": prompt_file,
+            "--target-file": target_file,
+        }
+        given |= {"--cases": cases, "--learn-rephrasings": learn_rephrasings, "--verify-dtype": verify_dtype}
+        check_options(rule, given | {"--report": report})
+        o.check_free(out, force)
+        from mint.rules.repair import RuleWishes
+
+        return repair_rules(
+            rule,
+            RuleWishes(
+                learn=learn,
+                accept=accept,
+                max_neurons=max_neurons,
+                margin=margin,
+                reference=tuple(map(str, reference or [])),
+                seed=seed,
+                keep=tuple(load_keep(keep)) if keep is not None else (),
+                judges=tuple(judge or ()),
+            ),
+            model={
+                "model": model,
+                "device": device,
+                "dtype": dtype,
+                "revision": revision,
+                "chat": chat,
+                "system": system,
+                "patches": patch,
+            },
+            out=out or _free_name(),
+            partial=partial,
+            force=force,
+            as_json=as_json,
+        )
     if cases is not None:
         if any(v is not None for v in (prompt, target, prompt_file, target_file)):
             raise typer.BadParameter("give either --cases or a prompt and a target, not both")
