@@ -29,7 +29,9 @@ def files(n=16, seed=0, healthy=True):
         lines = ["import t"]
         for name in draw.sample(names, 3):
             text = RIGHT if name == "stop" else WRONG
-            lines += draw.sample([f"go({i})", f"{name} = {text}", f"t.sleep({draw.randrange(9)})", f"x{i} = {i}"], 3)
+            lines += draw.sample(
+                [f"go({i})", f"{name} = {text}", f"t.sleep({draw.randrange(9)})", f"x{i} = {i}"], 3
+            )
         found[f"f{i}.py"] = "\n".join(lines) + "\n"
     return found
 
@@ -59,7 +61,9 @@ def habitual_lm(steps=220, seed=0) -> LM:
     torch.manual_seed(seed)
     tokenizer = word_tokenizer()
     size = GATED | {"hidden_size": 48, "intermediate_size": 96, "vocab_size": len(tokenizer)}
-    config = LlamaConfig(**size, bos_token_id=None, eos_token_id=0, pad_token_id=0, max_position_embeddings=512)
+    config = LlamaConfig(
+        **size, bos_token_id=None, eos_token_id=0, pad_token_id=0, max_position_embeddings=512
+    )
     model = LlamaForCausalLM(config).eval()
     lm = LM(model, tokenizer, find_layout(model), "habit")
     model.requires_grad_(True)

@@ -4,10 +4,11 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mint.case import Case
+from mint.model.layout import find_layout
 from mint.model.lm import LM, Encoded, Template
 from mint.rules.cut import NO_ROUND_TRIP, Cut, Uncuttable, cut, encode_row, settle
 from mint.rules.rule import Row
@@ -59,7 +60,8 @@ def across_lines():
 def sentencepiece():
     """Pieces with a leading blank, a blank put before the text, BOS in front, bytes for what is unknown."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -96,7 +98,10 @@ def trained(name) -> PreTrainedTokenizerFast:
 
 
 def with_tokenizer(name) -> LM:
-    return replace(tiny_lm("llama"), tokenizer=trained(name))
+    """A tiny model, its embedding large enough for the tokenizer."""
+    lm = tiny_lm("llama")
+    lm.model.resize_token_embeddings(600, mean_resizing=False)
+    return LM(lm.model, trained(name), find_layout(lm.model), f"tiny with {name}")
 
 
 @pytest.fixture(params=sorted(TOKENIZERS))

@@ -142,10 +142,12 @@ def test_few_faults_are_told_with_the_way_out(habit_lm, tmp_path):
 
 def test_in_a_chat_the_code_stands_in_the_models_own_answer(habit_lm, source):
     tokenizer = habit_lm.tokenizer
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{% endfor %}<assistant>\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{% endfor %}<assistant>\n"
+    )
     try:
         chat = replace(habit_lm, template=Template())
-        rows = mine(chat, search(source, limit=4)).rule.rows
+        rows = mine(chat, search(source, limit=24)).rule.rows
         assert rows and all(r.prompt.startswith("<user>\nWrite the file src/f") for r in rows)
         assert all("<assistant>\n```python" in r.prompt for r in rows)
         assert all(written(habit_lm, r).startswith(r.wrong) for r in rows if r.role == "fault")

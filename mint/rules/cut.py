@@ -21,6 +21,7 @@ ONE_BEGINS_THE_OTHER = "the tokens of one text begin those of the other"
 NO_PROMPT = "nothing stands before the first difference"
 NO_ROUND_TRIP = "the cut does not round-trip in this tokenizer"
 TOO_LONG = "longer than the context"
+NOT_WRITABLE = "text that the tokenizer cannot read back"
 
 
 class Uncuttable(CaseError):
@@ -113,13 +114,13 @@ def _encode(lm: LM, text: str) -> list[int]:
     try:
         return lm.encode_prompt(text)
     except CaseError as error:
-        raise Uncuttable(TOO_LONG if "context" in str(error) else str(error)) from None
+        raise Uncuttable(TOO_LONG if "context" in str(error) else NOT_WRITABLE) from None
 
 
 def _answer(lm: LM, prompt: str, text: str) -> tuple[list[int], list[int]]:
     """(ids of the dressed prompt, ids of the answer's start) in a chat template, tokenised as one text."""
     ids = _encode(lm, prompt)
-    joint = lm.tokenizer(lm.decode(ids) + text, add_special_tokens=False).input_ids
+    joint = lm.tokenizer(lm.dressed(prompt) + text, add_special_tokens=False).input_ids
     if joint[: len(ids)] != ids or lm.continuation(ids, joint[len(ids) :]) != text:
         raise Uncuttable(NO_ROUND_TRIP)
     return ids, joint[len(ids) :]

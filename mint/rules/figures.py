@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mint.errors import CaseError
 from mint.model.lm import LM, Encoded
-from mint.rules.cut import Cut, Uncuttable, encode_row
+from mint.rules.cut import NOT_WRITABLE, TOO_LONG, Cut, Uncuttable, encode_row
 from mint.rules.judge import (
     NEAR_TOKENS,
     STATEMENT_TOKENS,
@@ -106,7 +106,7 @@ def prepared(lm: LM, rule: Rule) -> tuple[list[Prompted], dict[str, int]]:
         except Uncuttable as reason:
             unusable[reason.why] += 1
         except CaseError as error:
-            unusable["longer than the context" if "context" in str(error) else str(error)] += 1
+            unusable[TOO_LONG if "context" in str(error) else NOT_WRITABLE] += 1
     if not any(p.row.role == "fault" for p in found):
         if not rule.part("fault"):
             raise CaseError(

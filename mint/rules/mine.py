@@ -15,7 +15,7 @@ from pathlib import Path
 from mint.errors import CaseError
 from mint.evaluation.ledger import Ledger
 from mint.model.lm import LM
-from mint.rules.cut import Cut, Uncuttable, cut
+from mint.rules.cut import NO_PROMPT, Cut, Uncuttable, cut
 from mint.rules.judge import NEAR_TOKENS, Ask, text_of, verdict, write
 from mint.rules.rule import Row, Rule, with_split
 from mint.rules.sites import (
@@ -310,6 +310,9 @@ class _Asking:
         except Uncuttable as reason:
             self.skipped[f"cut: {reason.why}"] += 1
             return None
+        if len(one.prompt) < len(before) - len(site.before):
+            self.skipped[f"cut: {NO_PROMPT}"] += 1  # it would lie inside the conversation, before the code
+            return None
         if len(one.encoded.ids) + _ANSWER_ROOM > self.lm.context:
             self.skipped["cut: longer than the context"] += 1
             return None
@@ -364,8 +367,5 @@ def dressed(lm: LM, site: Site) -> str:
     The user asks for the file, the answer opens a block of code. Prompts of this kind are complete: they are encoded as
     they are, without a template around them.
     """
-    messages = [{"role": "user", "content": f"Write the file {site.source}."}]
-    if lm.template is not None and lm.template.system is not None:
-        messages.insert(0, {"role": "system", "content": lm.template.system})
-    said = lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    said = lm.dressed(f"Write the file {site.source}.")
     return f"{said}```{'python' if is_python(site.source) else ''}\n{site.before}"

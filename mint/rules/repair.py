@@ -4,31 +4,28 @@ Transactional like a single repair: the model that was handed in keeps every bit
 prompt that was learnt from holds and enough of the unseen ones do. Knows nothing about files or the command line.
 """
 
-import json
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mint.case import Keep
 from mint.errors import CaseError, MintError
-from mint.measure import specificity
-from mint.measure.efficacy import Kept, encode_keep, still_kept
+from mint.files import jsonable
+from mint.guards import EARLIER, Guard
 from mint.measure.specificity import Specificity
 from mint.model.lm import LM, Encoded
-from mint.patch import Patch, compose, versions
-from mint.patch.export import describe
+from mint.patch import Patch
 from mint.reference import statistics
 from mint.rules.cut import encode_row, settle
 from mint.rules.figures import Line, Prompted, count_faults, count_kept, prepared, write_all
 from mint.rules.judge import judge_named
 from mint.rules.mine import FEW, too_few
 from mint.rules.rule import Row, Rule
-from mint.session import Wishes, measured_sequences
-from mint.solver.problem import Settings, Solution, changed
+from mint.session import Attempt, Hooks, Protected, Refused, Session, Wishes
+from mint.solver.problem import Change, Settings, Solution
 
 Say = Callable[[str], None]
 SolveRule = Callable[..., Solution]
@@ -74,7 +71,7 @@ class RuleRepair:
     unusable: Mapping[str, int] = field(default_factory=dict)
     """Rows that this model's tokenizer cannot use, by reason."""
     timing: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by step: write (before), solve, prove (after)."""
+    """Seconds by step: generate (before), statistics (once per model), solve, verify (after)."""
     judges: tuple[str, ...] = ()
     retained: dict | None = None
     """Several rules: figures of the unseen faults once all rules are in."""
@@ -85,7 +82,8 @@ class RuleRepair:
 
     @property
     def seconds(self) -> float:
-        return sum(self.timing.values())
+        """What the repair took: generate, solve, verify; not the statistics, which are measured once and cached."""
+        return sum(t for step, t in self.timing.items() if step != "statistics")
 
     def part(self, role: str, split: str | None = None) -> list[Line]:
         """Lines of a role; of the faults, `learn` are those that were learnt from."""
@@ -126,17 +124,13 @@ class RulesOutcome:
         return None if failed is None else f"rule '{failed.rule.name}': {failed.reason}"
 
 
-class _Refused(Exception):
-    """Ends one rule; its text is the reason."""
-
-
 # ---------------------------------------------------------------------- the loop
 
 
 def repair_rules(
     lm: LM,
     rules: Sequence[Rule],
-    wishes: RuleWishes = RuleWishes(),
+    wishes: RuleWishes | None = None,
     *,
     solve: SolveRule | None = None,
     say: Say = lambda _: None,
@@ -147,69 +141,45 @@ def repair_rules(
     that cannot be used, before anything is solved: too few faults, rules that contradict each other, a rule made for
     another tokenizer.
     """
+    wishes = wishes or RuleWishes()
     if solve is None:
         from mint.rules.solve import solve_rule
 
         solve = solve_rule
-    judges = {name: judge_named(name) for name in wishes.judges}
+    for name in wishes.judges:
+        judge_named(name)
     check_rules(lm, rules)
     rows = [prepared(lm, rule) for rule in rules]
     for rule, (found, _) in zip(rules, rows, strict=True):
         faults = sum(p.row.role == "fault" for p in found)
         if faults < FEW:
             raise CaseError(f"rule '{rule.name}': {too_few(faults)}")
-    kept = encode_keep(lm, wishes.keep, "none")
-    say("measuring reference text")
-    statistics(lm, wishes.reference, say)  # of the model as it is handed in; cached for the solver
-    session = Wishes(settings=Settings(reference=wishes.reference))
-    protected = [*recorded(lm, wishes.applied)]
-    taken = {(e.layer, e.index) for p in wishes.applied for e in p.edits}
-    clean = None
-    repairs: list[RuleRepair] = []
-    with ExitStack() as edits:
+    asked = Wishes(
+        settings=Settings(max_neurons=wishes.max_neurons, margin=wishes.margin, reference=wishes.reference),
+        solver="rule",
+        stop="none",
+        keep=wishes.keep,
+        applied=wishes.applied,
+    )
+
+    def prepare(model: LM) -> None:
+        statistics(model, wishes.reference, say)
+
+    repairs = []
+    with Session(lm, asked, _no_case, Hooks(prepare=prepare, say=say)) as session:
+        session.keep(recorded(lm, wishes.applied))
         for number, (rule, (found, unusable)) in enumerate(zip(rules, rows, strict=True), start=1):
-            here = f"rule {rule.name}" + (f" ({number} of {len(rules)})" if len(rules) > 1 else "")
-            say(f"{here}: what the model writes now")
-            started = time.perf_counter()
-            before, ids = write_all(lm, found)
-            task = _Task(lm, rule, found, before, ids, unusable, wishes, kept, here, say)
-            timing = {"write": time.perf_counter() - started}
-            if clean is None:
-                say("measuring the model before the repair")
-                clean = specificity.baseline(
-                    lm, measured_sequences(lm, session), states=specificity.late_layers(lm)
-                )
-            done = task.run(solve, protected, frozenset(taken), timing)
-            repairs.append(replace(done, judges=tuple(judges)))
-            if done.patch is not None:
-                edits.enter_context(changed(lm, done.patch))
-                taken |= {(e.layer, e.index) for e in done.patch.edits}
-            if done.success:
-                protected += task.protects
-        patches = [r.patch for r in repairs if r.patch is not None]
-        effects = None
-        if patches and clean is not None:
-            say("measuring what else changed")
-            effects = specificity.compare(lm, clean, since=min(e.layer for p in patches for e in p.edits))
-        if len(patches) > 1:
+            name = f"rule {rule.name}" + (f" ({number} of {len(rules)})" if len(rules) > 1 else "")
+            job = _RuleJob(session, rule, found, unusable, wishes, solve, name)
+            repairs.append(job.repaired())
+        effects = session.effects()
+        if len(session.stack.patches) > 1:
             repairs = [_retested(lm, one, found, say) for one, (found, _) in zip(repairs, rows, strict=True)]
-    patch = None
-    if patches:
-        whole = compose(patches) if len(patches) > 1 else patches[0]
-        patch = _signed(lm, whole, repairs, wishes, effects)
-    return RulesOutcome(tuple(repairs), patch, effects)
+        return RulesOutcome(tuple(repairs), session.patch(effects), effects)
 
 
-def repair_rule(
-    lm: LM,
-    rule: Rule,
-    wishes: RuleWishes = RuleWishes(),
-    *,
-    solve: SolveRule | None = None,
-    say: Say = lambda _: None,
-) -> RulesOutcome:
-    """`repair_rules` for one rule."""
-    return repair_rules(lm, [rule], wishes, solve=solve, say=say)
+def _no_case(*_: object) -> Solution:
+    raise MintError("a session of rules repairs no cases; use mint.repair for those")
 
 
 ALREADY_RIGHT = (
@@ -217,146 +187,93 @@ ALREADY_RIGHT = (
 )
 
 
-@dataclass
-class _Task:
-    """One rule on its way; the model is as before when `run` returns or raises."""
+class _RuleJob:
+    """One rule as a job of its session."""
 
-    lm: LM
-    rule: Rule
-    rows: list[Prompted]
-    before: list[str]
-    ids: list[list[int]]
-    unusable: Mapping[str, int]
-    wishes: RuleWishes
-    kept: list[Kept]
-    here: str
-    say: Say
-    learnt: list[int] = field(default_factory=list)
+    kind = "rules"
 
-    @property
-    def protects(self) -> list["_Protected"]:
-        """What later rules must leave alone: the prompts that this one learnt from."""
-        return [_Protected(self.rows[i].row, self.rows[i].cut.encoded) for i in self.learnt]
+    def __init__(
+        self,
+        session: Session,
+        rule: Rule,
+        rows: list[Prompted],
+        unusable: Mapping[str, int],
+        wishes: RuleWishes,
+        solver: SolveRule,
+        name: str,
+    ):
+        self.session, self.rule, self.rows, self.unusable = session, rule, rows, unusable
+        self.wishes, self.solver, self.name = wishes, solver, name
+        self.learnt: list[int] = []
+        self.targets: list[Encoded] = []
+        started = time.perf_counter()
+        session.hooks.say(f"{name}: what the model writes now")
+        self.before, self.ids = write_all(session.lm, rows)
+        self.after = self.before
+        self.seconds = time.perf_counter() - started
+        self.solution: Solution | None = None
 
-    def run(
-        self, solve: SolveRule, earlier: Sequence["_Protected"], used: frozenset, timing: dict[str, float]
-    ) -> RuleRepair:
-        unchanged = self._lines(self.before)
-        faults = [x for x in unchanged if x.row.role == "fault"]
-        if all(x.right_before for x in faults):
-            return self._repair(unchanged, timing, note=ALREADY_RIGHT)
+    def repaired(self) -> RuleRepair:
+        """Attempt the rule, and say what became of it."""
+        if all(self._right(i) for i, p in enumerate(self.rows) if p.row.role == "fault"):
+            return self._result(Attempt(None, None, None, {}), ALREADY_RIGHT)
         self.learnt = self._picked()
-        try:
-            self._check_sides()
-            self.say(f"{self.here}: solving")
-            started = time.perf_counter()
-            solution = self._solved(solve, earlier, used)
-            timing["solve"] = time.perf_counter() - started
-            if solution.change is None:
-                return self._repair(
-                    unchanged, timing, solution=solution, reason=solution.reason or "no edit was found"
-                )
-            patch = self._patch(solution)
-            self.say(f"{self.here}: generating with the repair")
-            started = time.perf_counter()
-            with changed(self.lm, patch):
-                after, _ = write_all(self.lm, self.rows)
-                broken = self._broken(earlier)
-            timing["prove"] = time.perf_counter() - started
-            lines = self._lines(after)
-            reason = self._verdict(lines) or broken
-            return self._repair(
-                lines, timing, solution=solution, reason=reason, patch=None if reason else patch
-            )
-        except _Refused as refusal:
-            return self._repair(unchanged, timing, reason=str(refusal))
+        return self._result(self.session.attempt(self))
 
-    def _lines(self, after: Sequence[str]) -> tuple[Line, ...]:
-        return tuple(Line(p.row, b, a) for p, b, a in zip(self.rows, self.before, after, strict=True))
+    def _result(self, attempt: Attempt, note: str | None = None) -> RuleRepair:
+        return RuleRepair(
+            self.rule,
+            self._lines(),
+            frozenset(self.rows[i].row.id for i in self.learnt),
+            attempt.change if isinstance(attempt.change, Patch) else None,
+            attempt.reason,
+            note,
+            attempt.solution,
+            self.unusable,
+            {"generate": self.seconds} | attempt.timing,
+            self.wishes.judges,
+        )
 
-    def _repair(self, lines: tuple[Line, ...], timing: dict[str, float], **more: Any) -> RuleRepair:
-        learnt = frozenset(self.rows[i].row.id for i in self.learnt)
-        return RuleRepair(self.rule, lines, learnt, unusable=self.unusable, timing=timing, **more)
+    def _lines(self) -> tuple[Line, ...]:
+        return tuple(Line(p.row, b, a) for p, b, a in zip(self.rows, self.before, self.after, strict=True))
 
-    def _picked(self) -> list[int]:
-        """Faults of the learn side that are wrong now, one of each source before a second of any; `wrong` ones first."""
-        open_ = [i for i in self._side("learn") if not self._right(i)]
-        says_wrong = {i: self.before[i].startswith(self.rows[i].row.wrong or "\0") for i in open_}
-        draw = random.Random(self.wishes.seed)
-        draw.shuffle(open_)
-        turn: dict[str, int] = {}
-        order = []
-        for i in open_:
-            source = self.rows[i].row.source or self.rows[i].row.id
-            turn[source] = turn.get(source, -1) + 1
-            order.append((not says_wrong[i], turn[source], len(order), i))
-        return [i for *_, i in sorted(order)][: self.wishes.learn]
+    # ------------------------------------------------------------------ what a session calls
 
-    def _side(self, split: str) -> list[int]:
-        return [i for i, p in enumerate(self.rows) if p.row.role == "fault" and p.row.split == split]
-
-    def _right(self, i: int) -> bool:
-        return self.before[i].startswith(self.rows[i].row.target or "\0")
-
-    def _check_sides(self) -> None:
+    def solve(self, lm: LM, protected: Protected) -> Solution:
         if not self.learnt:
-            raise _Refused("no fault to learn from: the model is right at all rows of the learn side")
+            raise Refused("no fault to learn from: the model is right at all rows of the learn side")
         if not self._side("unseen"):
-            raise _Refused(
+            raise Refused(
                 "no unseen fault to prove the repair on: all are from one source, or marked learn; add prompts of"
                 " other files"
             )
-
-    def _solved(self, solve: SolveRule, earlier: Sequence["_Protected"], used: frozenset) -> Solution:
-        learn = settle(self.lm, [self.rows[i].cut for i in self.learnt])
-        keep = [
+        say = self.session.hooks.say
+        say(f"{self.name}: solving")
+        self.targets = settle(lm, [self.rows[i].cut for i in self.learnt])
+        own = [
             Encoded(self.rows[i].cut.encoded.prompt, tuple(self.ids[i]))
             for i, p in enumerate(self.rows)
             if p.row.role != "fault" and p.row.split == "learn" and self.ids[i]
         ]
-        keep += [k.encoded for k in self.kept if k.right]
-        return solve(
-            self.lm,
-            learn,
-            keep,
+        return self.solver(
+            lm,
+            self.targets,
+            [*own, *protected.keep],
             _settings(self.wishes),
             wrong=[self.rows[i].cut.wrong_ids for i in self.learnt],
-            earlier=[e.encoded for e in earlier],
-            used=used,
-            say=lambda text: self.say(f"{self.here}: {text}"),
+            earlier=protected.earlier,
+            used=protected.used,
+            say=lambda text: say(f"{self.name}: {text}"),
         )
 
-    def _patch(self, solution: Solution) -> Patch:
-        patch, most = solution.change, self.wishes.max_neurons
-        if not isinstance(patch, Patch):
-            raise _Refused(f"solver '{solution.solver}' changes whole matrices, which no patch file can hold")
-        if len(patch.edits) > most:
-            raise _Refused(
-                f"the edit needs {len(patch.edits)} neurons, more than the {most} allowed; raise --max-neurons"
-            )
-        return patch
-
-    def _broken(self, earlier: Sequence["_Protected"]) -> str | None:
-        """Why the edit may not stay, as to what else must hold; asked while it is in."""
-        for one in self.kept:
-            if one.right and not still_kept(self.lm, one):
-                return f"the edit breaks a kept prompt ({_short(one.case.prompt[-60:])})"
-        rows = [Prompted(e.row, _cut_of(e)) for e in earlier]
-        texts, _ = write_all(self.lm, rows) if rows else ([], [])
-        for one, text in zip(earlier, texts, strict=True):
-            if not text.startswith(one.row.target or ""):
-                return (
-                    f"the edit breaks an earlier repair ({one.row.rule}: behind {_short(one.row.prompt[-40:])} it writes"
-                    f" {_short(text)})"
-                )
-        return None
-
-    def _verdict(self, lines: Sequence[Line]) -> str | None:
-        """Why the rule is refused, from what was generated; None where it is accepted."""
+    def prove(self, lm: LM) -> None:
+        self.session.hooks.say(f"{self.name}: generating with the repair")
+        self.after, _ = write_all(lm, self.rows)
+        lines = self._lines()
         failed = [i for i in self.learnt if not lines[i].right_after]
         if failed:
             first = lines[failed[0]]
-            return (
+            raise Refused(
                 f"{len(failed)} of {len(self.learnt)} learn prompts fail; first '{first.row.id}': behind"
                 f" {_short(first.row.prompt[-40:])} the edited model writes {_short(first.after)} instead of"
                 f" {_short(first.row.target or '')}; drop it, or ask for fewer with --learn"
@@ -364,11 +281,51 @@ class _Task:
         unseen = [lines[i] for i in self._side("unseen")]
         right = sum(x.right_after for x in unseen)
         if right < self.wishes.accept * len(unseen):
-            return (
+            raise Refused(
                 f"{right} of {len(unseen)} unseen prompts come out right ({right / len(unseen):.0%}), less than the"
                 f" {self.wishes.accept:.0%} of --accept; mine more faults, raise --learn, or lower --accept"
             )
-        return None
+
+    def explain(self, lm: LM, change: Change) -> None:
+        pass  # the report page looks at the patch itself
+
+    def guards(self) -> list[Guard]:
+        return [
+            Guard(encoded, f"{EARLIER} (rule {self.rule.name})", self.rows[i].row.id, self.rows[i].row.target)
+            for i, encoded in zip(self.learnt, self.targets, strict=True)
+        ]
+
+    def record(self, change: Change) -> dict:
+        learnt = [self.rows[i].row for i in self.learnt]
+        return {
+            "name": self.rule.name,
+            "learn": [{"id": r.id, "prompt": r.prompt, "target": r.target, "wrong": r.wrong} for r in learnt],
+            "accept": self.wishes.accept,
+            "figures": jsonable(self._result(Attempt(None, None, None, {})).figures),
+        }
+
+    # ------------------------------------------------------------------ which rows
+
+    def _picked(self) -> list[int]:
+        """Faults of the learn side that are wrong now, one of each source before a second of any; `wrong` ones first."""
+        open_ = [i for i in self._side("learn") if not self._right(i)]
+        random.Random(self.wishes.seed).shuffle(open_)
+        turns: dict[str, int] = {}
+        order = []
+        for i in open_:
+            row = self.rows[i].row
+            source = row.source or row.id
+            turns[source] = turns.get(source, -1) + 1
+            says_wrong = row.wrong is not None and self.before[i].startswith(row.wrong)
+            order.append((not says_wrong, turns[source], len(order), i))
+        return [i for *_, i in sorted(order)][: self.wishes.learn]
+
+    def _side(self, split: str) -> list[int]:
+        return [i for i, p in enumerate(self.rows) if p.row.role == "fault" and p.row.split == split]
+
+    def _right(self, i: int) -> bool:
+        target = self.rows[i].row.target
+        return target is not None and self.before[i].startswith(target)
 
 
 def _settings(wishes: RuleWishes) -> Any:
@@ -394,22 +351,8 @@ def _retested(lm: LM, one: RuleRepair, rows: list[Prompted], say: Say) -> RuleRe
 # ---------------------------------------------------------------------- what must hold
 
 
-@dataclass(frozen=True)
-class _Protected:
-    """A repaired prompt that must go on holding."""
-
-    row: Row
-    encoded: Encoded
-
-
-def _cut_of(one: _Protected):
-    from mint.rules.cut import Cut
-
-    return Cut(one.row.prompt, one.row.target or "", None, one.encoded)
-
-
-def recorded(lm: LM, patches: Sequence[Patch]) -> Iterator[_Protected]:
-    """The repaired prompts recorded in patches that the model holds, rules' and single cases', as far as they hold."""
+def recorded(lm: LM, patches: Sequence[Patch]) -> list[Guard]:
+    """The prompts that rules' patches were made from and that the model, which holds them, still writes right."""
     found: list[Prompted] = []
     for number, record in enumerate(_records(patches)):
         try:
@@ -418,14 +361,16 @@ def recorded(lm: LM, patches: Sequence[Patch]) -> Iterator[_Protected]:
         except (MintError, KeyError, TypeError, AttributeError):
             continue  # the record is for people; a patch without a usable one still applies
     texts, _ = write_all(lm, found) if found else ([], [])
-    for one, text in zip(found, texts, strict=True):
-        if text.startswith(one.row.target or ""):
-            yield _Protected(one.row, one.cut.encoded)
+    targets = settle(lm, [p.cut for p in found]) if found else []
+    return [
+        Guard(encoded, EARLIER, one.row.id, one.row.target)
+        for one, text, encoded in zip(found, texts, targets, strict=True)
+        if text.startswith(one.row.target or "")
+    ]
 
 
 def _records(patches: Sequence[Patch]) -> Iterator[Any]:
     for patch in patches:
-        yield from patch.info.get("cases") or []
         for rule in patch.info.get("rules") or []:
             yield from rule.get("learn") or []
 
@@ -477,45 +422,6 @@ def check_rules(lm: LM, rules: Sequence[Rule]) -> None:
             )
 
 
-# ---------------------------------------------------------------------- the record
-
-
-def _signed(
-    lm: LM,
-    patch: Patch,
-    repairs: Sequence[RuleRepair],
-    wishes: RuleWishes,
-    effects: Specificity | None,
-) -> Patch:
-    """The patch with its provenance: the rules by name, what was learnt from, what was measured."""
-    info = {
-        "rules": [
-            {
-                "name": r.rule.name,
-                "learn": [
-                    {"id": x.row.id, "prompt": x.row.prompt, "target": x.row.target, "wrong": x.row.wrong}
-                    for x in r.part("fault", "learn")
-                ],
-                "figures": r.figures,
-                "solver": r.solution.solver if r.solution else None,
-            }
-            for r in repairs
-            if r.patch is not None
-        ],
-        "cases": [],
-        "chat": lm.template is not None,
-        "accept": wishes.accept,
-        "settings": _jsonable(asdict(_settings(wishes))),
-        "measured": None if effects is None else _jsonable(effects.as_dict()),
-        "versions": versions(),
-    }
-    return replace(patch, base=patch.base | {"layout": describe(lm)}, info=info)
-
-
-def _jsonable(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
 def _short(text: str, longest: int = 60) -> str:
     shown = repr(text)
     return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]
@@ -543,7 +449,7 @@ def repair_as_dict(one: RuleRepair) -> dict:
         "skipped": dict(one.unusable),
         "reason": one.reason,
         "note": one.note,
-        "details": _jsonable(one.solution.details) if one.solution else {},
+        "details": jsonable(one.solution.details) if one.solution else {},
     }
 
 

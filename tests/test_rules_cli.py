@@ -1,0 +1,140 @@
+"""`mint rule mine`, `mint rule check`, `mint repair --rule`: the contract's keys and exit codes; nothing half done."""
+
+import json
+
+import pytest
+
+from mint.rules import repair as repairing
+from mint.rules.rule import load_rule
+from mint.solver.problem import Settings
+from tests.habits import RIGHT, WRONG, by_descent, write_files
+from tests.test_cli import fails, run
+
+
+@pytest.fixture(scope="module")
+def model(habit_lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("habit") / "model"
+    habit_lm.model.save_pretrained(folder)
+    habit_lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("source") / "src", n=14, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [(list(range(5, 15)), list(range(9)), None)]
+    monkeypatch.setattr("mint.session.measured_sequences", lambda lm: lines)
+    monkeypatch.setattr(repairing, "statistics", lambda *_: None)
+    monkeypatch.setattr(repairing, "_settings", lambda wishes: Settings(max_neurons=wishes.max_neurons))
+    monkeypatch.setattr("mint.rules.solve.solve_rule", by_descent)
+
+
+def mine_args(model, source, *more):
+    return ["rule", "mine", "-m", model, "--wrong", WRONG, "--right", RIGHT, "--from", source, *more]
+
+
+def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path):
+    code, out, err = run(
+        capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl", "--json")
+    )
+    mined = json.loads(out)
+    assert code == 0 and {"sites", "fault", "near", "healthy", "skipped", "seconds"} <= set(mined)
+    rule = load_rule("clock.jsonl")
+    assert (len(rule.part("fault")), len(rule.near)) == (mined["fault"], mined["near"])
+    assert not list(tmp_path.glob("*.journal"))
+
+    repair = [
+        "repair",
+        "-m",
+        model,
+        "--rule",
+        "clock.jsonl",
+        "--learn",
+        12,
+        "--accept",
+        0.5,
+        "--out",
+        "fix.st",
+        "--json",
+    ]
+    code, out, err = run(capsys, *repair)
+    result = json.loads(out)
+    assert code == 0 and result["success"] and result["patch"] == "fix.st" and result["reason"] is None
+    keys = {
+        "generated_before",
+        "generated_after",
+        "target",
+        "neurons",
+        "margin_min",
+        "seconds",
+        "specificity",
+    }
+    assert keys <= set(result)
+    for part in ("learn", "unseen"):
+        assert {"cases", "right_before", "right_after"} <= set(result[part])
+    assert len(result["unseen"]["interval"]) == 2
+    for part in ("near", "healthy"):
+        assert {"cases", "kept"} <= set(result[part])
+    assert result["neurons"][0].keys() == {"layer", "index", "kind"}
+    assert result["generated_before"].startswith("time()") and result["generated_after"].startswith("perf()")
+
+    check = ["rule", "check", "clock.jsonl", "-m", model, "--accept", 0.5, "--json"]
+    code, out, err = run(capsys, *check, "--patch", "fix.st")
+    assert code == 0 and json.loads(out)["unseen"] == result["unseen"]
+    code, out, err = run(capsys, *check)
+    assert code == 3 and not json.loads(out)["holds"] and "mint: rule 'clock' does not hold" in err
+
+    code, out, err = run(capsys, *repair[:-1], "--force", "--max-neurons", 1)
+    assert (code, out) == (0, "fix.st\n") and "unseen" in err and "95 %" in err
+    fails(capsys, 1, "fix.st exists; give another name", *repair[:-1])
+    fails(capsys, 3, "unseen prompts come out right", *repair[:-2], "other.st", "--learn", 1, "--accept", 1)
+
+
+def test_mine_prints_what_it_found(capsys, model, source):
+    code, out, err = run(capsys, *mine_args(model, source, "--limit", 4, "--out", "r.jsonl"))
+    assert code == 0 and out.startswith("r.jsonl: 4 faults (") and "sites" in err
+
+
+@pytest.mark.parametrize(
+    "more, code, match",
+    [
+        (["--out", "r.jsonl", "--exclude", "*"], 1, "no call site of"),
+        (["--out", "nowhere/r.jsonl"], 1, "is no directory"),
+        (["--out", "r.jsonl", "--right", WRONG], 1, "are the same text"),
+        (["--out", "r.jsonl", "--from", "nowhere"], 1, "nowhere: no such folder"),
+        (["--out", "r.jsonl", "--limit", 0], 2, "limit"),
+    ],
+)
+def test_mining_that_cannot_work_is_one_line(capsys, model, source, more, code, match):
+    import pathlib
+
+    run(capsys, *mine_args(model, source, *more))
+    for journal in pathlib.Path().glob("*.journal"):
+        journal.unlink()
+    found, out, err = run(capsys, *mine_args(model, source, *more))
+    assert (found, out) == (code, "") and err.count("\n") == 1
+    import re
+
+    assert re.search(match, err), err
+
+
+@pytest.mark.parametrize(
+    "more, code, match",
+    [
+        (["--rule", "none.jsonl"], 1, "none.jsonl: no such file; write a rule file with `mint rule mine`"),
+        (["--rule", "bad.jsonl"], 1, "bad.jsonl:1: unknown key 'colour'"),
+        (["--rule", "few.jsonl"], 1, "at only 1 of the prompts; a rule needs 4"),
+        (["--rule", "few.jsonl", "--prompt", "x"], 2, "--prompt goes with --prompt or --cases, not with --rule|--prompt"),
+        (["--rule", "few.jsonl", "--judge", "x:y"], 1, "unknown judge 'x:y'"),
+    ],
+)  # fmt: skip
+def test_a_rule_that_cannot_be_repaired_is_one_line(capsys, model, tmp_path, more, code, match):
+    row = {"rule": "r", "role": "fault", "prompt": "x = t.", "target": "perf()", "wrong": "time()"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row | {"colour": "red"}) + "\n")
+    (tmp_path / "few.jsonl").write_text(json.dumps(row) + "\n")
+    fails(capsys, code, match, "repair", "-m", model, "--out", "fix.st", *more)
