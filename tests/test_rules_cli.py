@@ -6,7 +6,7 @@ import pytest
 
 from mint.rules import repair as repairing
 from mint.rules.rule import load_rule
-from mint.solver.problem import Settings
+from mint.solver.problem import Settings, Solution
 from tests.habits import RIGHT, WRONG, by_descent, write_files
 from tests.test_cli import fails, run
 
@@ -38,7 +38,7 @@ def mine_args(model, source, *more):
     return ["rule", "mine", "-m", model, "--wrong", WRONG, "--right", RIGHT, "--from", source, *more]
 
 
-def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path):
+def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path, monkeypatch):
     code, out, err = run(
         capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl", "--json")
     )
@@ -89,10 +89,14 @@ def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path
     code, out, err = run(capsys, *check)
     assert code == 3 and not json.loads(out)["holds"] and "mint: rule 'clock' does not hold" in err
 
-    code, out, err = run(capsys, *repair[:-1], "--force", "--max-neurons", 1)
-    assert (code, out) == (0, "fix.st\n") and "unseen" in err and "95 %" in err
+    code, out, err = run(capsys, *check[:-1], "--patch", "fix.st")
+    assert (code, out) == (0, "holds: clock\n") and "unseen" in err and "95 %" in err
     fails(capsys, 1, "fix.st exists; give another name", *repair[:-1])
-    fails(capsys, 3, "unseen prompts come out right", *repair[:-2], "other.st", "--learn", 1, "--accept", 1)
+    monkeypatch.setattr("mint.rules.solve.solve_rule", lambda *_, **__: Solution("none", None, "nothing found"))
+    refused = [*repair[:-3], "--out", "other.st", "--json"]
+    code, out, err = run(capsys, *refused)
+    assert code == 3 and not json.loads(out)["success"] and json.loads(out)["patch"] is None
+    assert "rule 'clock': nothing found" in err and not (tmp_path / "other.st").exists()
 
 
 def test_mine_prints_what_it_found(capsys, model, source):
