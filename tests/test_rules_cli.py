@@ -92,7 +92,9 @@ def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path
     code, out, err = run(capsys, *check[:-1], "--patch", "fix.st")
     assert (code, out) == (0, "holds: clock\n") and "unseen" in err and "95 %" in err
     fails(capsys, 1, "fix.st exists; give another name", *repair[:-1])
-    monkeypatch.setattr("mint.rules.solve.solve_rule", lambda *_, **__: Solution("none", None, "nothing found"))
+    monkeypatch.setattr(
+        "mint.rules.solve.solve_rule", lambda *_, **__: Solution("none", None, "nothing found")
+    )
     refused = [*repair[:-3], "--out", "other.st", "--json"]
     code, out, err = run(capsys, *refused)
     assert code == 3 and not json.loads(out)["success"] and json.loads(out)["patch"] is None
