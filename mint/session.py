@@ -426,6 +426,7 @@ class Session:
         for kind, record in self._records:
             info.setdefault(kind, []).append(record)
         info |= {
+            "spare": [s for p in self.stack.patches for s in p.info.get("spare") or []],
             "solver": self.wishes.solver,
             "stop": self.wishes.stop,
             "chat": self.lm.template is not None,

@@ -10,9 +10,12 @@ import torch
 from peft import PeftModel
 
 from mint import patch as P
+from mint.case import Case
 from mint.errors import PatchError
 from mint.patch.export import low_rank_changes, to_gguf_lora, to_peft
 from mint.patch.names import block_of, describe
+from mint.solver.problem import Problem, Settings
+from mint.solver.solve import solve
 from tests.conftest import FAMILIES, tiny_lm
 
 IDS = [5, 40, 77, 12, 200, 9]
@@ -52,6 +55,36 @@ def test_the_low_rank_change_is_the_change(family):
         torch.testing.assert_close(change.b @ change.a, delta, atol=0, rtol=0)
     moved = {n.removesuffix(".weight") for n in before if not torch.equal(before[n], after[n])}
     assert moved == set(changes)
+
+
+def solved(lm):
+    """A rewrite that the solver makes, and its case."""
+    case = Case("c", "# sort the list of names in place\n", "ok\n")
+    problem = Problem(case, lm.encode(case))
+    solution = solve(lm, problem, Settings(where="idle"))
+    assert solution.change is not None, solution.reason
+    patch = solution.change
+    assert any(e.kind == "rewrite" for e in patch.edits)
+    return replace(patch, base=patch.base | {"layout": describe(lm)}), problem
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_the_solver_makes_is_exported_for_every_family(family, tmp_path):
+    """Biases stay, so the adapter holds all of it: the same logits in peft, also merged, and the target written."""
+    lm = tiny_lm(family)
+    patch, problem = solved(lm)
+    with P.applied(lm, patch):
+        wanted = lm.logits([problem.encoded.ids], [problem.encoded.positions])
+    to_peft(patch, tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(lm.model, tmp_path / "adapter")
+    ids, places = torch.tensor([problem.encoded.ids]), problem.encoded.positions
+    scale = float(wanted.abs().max())
+    with torch.no_grad():
+        found = adapted(ids).logits[0, places]
+        torch.testing.assert_close(found, wanted, atol=1e-4 * scale, rtol=1e-4)
+        assert found.argmax(1).tolist() == list(problem.encoded.target)
+        merged = adapted.merge_and_unload()(ids).logits[0, places]
+        torch.testing.assert_close(merged, wanted, atol=1e-4 * scale, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "qwen2", "starcoder2"])

@@ -194,7 +194,8 @@ def test_strangers_are_followed_only_after_the_opening(lm, monkeypatch):
     n, d = 5, 32
     task = minimal._prepare(lm, problem(lm, target="abcd\n"), Settings(), [1])
     around = minimal._Surroundings(torch.randn(3, n, d), 1, torch.zeros(0, d), [])
-    minimal._rows(task, 1, torch.ones(n), around, 0.02)
+    carrier = minimal._Carrier(1, 0, "given", 0.0, None)
+    minimal._rows(task, carrier, torch.ones(n), around, 0.02)
     torch.testing.assert_close(given[0].like, torch.cat([around.others[0], *around.others[1:, 3:]]))
     torch.testing.assert_close(given[0].unlike[-6:], torch.cat([*around.others[1:, :3]]))
 

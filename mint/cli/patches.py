@@ -7,6 +7,7 @@ import typer
 
 from mint import console
 from mint.cli import options as o
+from mint.errors import MintError, NoRepair
 
 PatchFile = Annotated[Path, typer.Argument(help="Patch file.")]
 OutDirectory = Annotated[Path | None, typer.Option("--out", help="Directory for the changed copy.")]
@@ -74,20 +75,73 @@ def revert(
 def compose(
     patch: Annotated[list[Path], typer.Argument(help="Patch files, in the order in which they apply.")],
     out: OutFile,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Move rewrites that took the same idle neuron, and prove all cases by generating.",
+        ),
+    ] = None,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "auto",
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
     """Put patches together into one that does what applying them in order does.
 
+    Patches made without knowing of each other may have taken the same idle neuron: with --model the later one moves to
+    another, and every case of all patches is asked again (exit 3 if one is no longer written).
+
     \b
-    Example:
+    Examples:
       mint compose first.safetensors second.safetensors --out both.safetensors
+      mint compose a.safetensors b.safetensors c.safetensors --model ./my-model --out all.safetensors
     """
     from mint import patch as patches
 
     o.check_free(out, force)
-    whole = patches.compose([patches.load(p) for p in patch])
-    return _written(whole, patches.save(whole, out, force=force), as_json)
+    read = [patches.load(p) for p in patch]
+    moves, answers = [], []
+    with console.working() as say:
+        if model is not None:
+            from mint.patch import record
+            from mint.patch.relocate import relocate
+
+            if clash := record.contradictions(read):
+                one, other = clash[0]
+                raise MintError(
+                    f"cases '{one.id}' and '{other.id}' contradict each other: behind {console.visible(one.prompt)[-60:]!r} they want"
+                    f" {one.target!r} and {other.target!r}; leave one of the patches out"
+                )
+            lm, _ = o.load(model, device, dtype, say=say)
+            read, moves = relocate(lm, read)
+            whole = patches.compose(read)
+            say("generating behind every recorded prompt")
+            with patches.applied(lm, whole):
+                for one in read:
+                    answers += record.ask(lm, record.cases_of(one), one.info.get("stop") or "auto")
+        else:
+            whole = patches.compose(read)
+    broken = [a for a in answers if not a.holds]
+    if broken:
+        first = broken[0]
+        raise NoRepair(
+            f"together {len(broken)} of {len(answers)} repairs do not hold (first: '{first.case.id}' writes"
+            f" {first.written!r} instead of {first.case.target!r}); make the later repairs with `mint repair --patch`"
+        )
+    where = patches.save(whole, out, force=force)
+    result = {
+        "moved": [
+            {"patch": str(patch[m.patch]), "layer": m.layer, "index": m.index, "to": m.to} for m in moves
+        ],
+        "cases": [a.to_json() for a in answers],
+    }
+    for move in moves if not as_json else []:
+        console.note(
+            f"{patch[move.patch]}: layer {move.layer}, neuron {move.index} moved to neuron {move.to}"
+        )
+    return _written(whole, where, as_json, result)
 
 
 def scale(
@@ -112,10 +166,10 @@ def scale(
     return _written(whole, patches.save(whole, out, force=force), as_json)
 
 
-def _written(patch, path: Path, as_json: bool) -> int:
+def _written(patch, path: Path, as_json: bool, more: dict | None = None) -> int:
     if as_json:
         neurons = [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in patch.edits]
-        console.print_json({"patch": str(path), "neurons": neurons})
+        console.print_json({"patch": str(path), "neurons": neurons} | (more or {}))
     else:
         console.print_result(f"{path}\n")
     return 0

@@ -27,8 +27,10 @@ def compose(patches: Sequence[Patch]) -> Patch:
             key = (edit.layer, edit.index)
             merged[key] = _chain(merged[key], edit) if key in merged else edit
     infos = [p.info for p in patches]
-    info = {
-        "cases": [c for i in infos for c in i.get("cases", [])],
+    rules = [r for i in infos for r in i.get("rules") or []]
+    info = ({"rules": rules} if rules else {}) | {
+        "cases": [c for i in infos for c in i.get("cases") or []],
+        "spare": [s for i in infos for s in i.get("spare") or []],
         "composed_from": infos,
         "versions": versions(),
     }
@@ -40,8 +42,8 @@ def _chain(earlier: NeuronEdit, later: NeuronEdit) -> NeuronEdit:
     for role, value in later.before.items():
         if role in after and not same_bits(after[role], value):
             raise PatchError(
-                f"{earlier.where} is edited by two patches, and the later does not start where the earlier ends; make"
-                " the second repair on the model with the first patch applied"
+                f"{earlier.where} is edited by two patches, and the later does not start where the earlier ends; give"
+                " --model so that idle neurons can move, or make the second repair on the model with the first applied"
             )
         before.setdefault(role, value)
     after.update(later.after)

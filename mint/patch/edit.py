@@ -5,6 +5,8 @@ back every bit; everything is checked before anything is written.
 """
 
 import platform
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from mint import __version__
 from mint.errors import PatchError
 from mint.model.layout import Slice
 from mint.model.lm import LM
@@ -67,6 +70,7 @@ def identity(lm: LM) -> dict:
 def versions() -> dict:
     """Versions of what made a patch."""
     return {
+        "mint": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -178,14 +182,28 @@ def _copy(lm: LM, patch: Patch, side: str) -> None:
             _view(lm, slices[role]).copy_(value)
 
 
+_locks: "weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+def lock_of(lm: LM) -> threading.RLock:
+    """The lock of a model's weights: `apply` and `revert` hold it, `applied` for as long as its block lasts.
+
+    A server takes it around a request that must see one state of the weights. Threads of one process only.
+    """
+    with _locks_guard:
+        return _locks.setdefault(lm.model, threading.RLock())
+
+
 @torch.no_grad()
 def _switch(lm: LM, patch: Patch, present: str, wanted: str) -> None:
-    check(lm, patch, present)
-    try:
-        _copy(lm, patch, wanted)
-    except BaseException:  # Ctrl-C included: never leave half an edit
-        _copy(lm, patch, present)
-        raise
+    with lock_of(lm):
+        check(lm, patch, present)
+        try:
+            _copy(lm, patch, wanted)
+        except BaseException:  # Ctrl-C included: never leave half an edit
+            _copy(lm, patch, present)
+            raise
 
 
 def apply(lm: LM, patch: Patch) -> None:
@@ -200,9 +218,13 @@ def revert(lm: LM, patch: Patch) -> None:
 
 @contextmanager
 def applied(lm: LM, patch: Patch) -> Iterator[LM]:
-    """Within: the patch is in the model; afterwards, whatever happened, it is out again bit for bit."""
-    apply(lm, patch)
-    try:
-        yield lm
-    finally:
-        revert(lm, patch)
+    """Within: the patch is in the model; afterwards, whatever happened, it is out again bit for bit.
+
+    Other threads that apply, revert or enter such a block on the same model wait until this one ends.
+    """
+    with lock_of(lm):
+        apply(lm, patch)
+        try:
+            yield lm
+        finally:
+            revert(lm, patch)

@@ -9,11 +9,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from mint import __version__
 from mint.errors import PatchError
 from mint.files import write_file
 from mint.patch.edit import KINDS, ROLES, NeuronEdit, Patch
 
-FORMAT = 1
+FORMAT = 2
+"""What this mint writes. 1: without `mint` and `spare`; read for ever."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_BYTES = 256 << 20
 """A patch of two neurons is a few kilobytes; anything this large is no patch."""
@@ -29,6 +31,7 @@ def to_bytes(patch: Patch) -> bytes:
     }
     header = {
         "format": FORMAT,
+        "mint": __version__,
         "edits": [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in patch.edits],
         "base": patch.base,
         "info": patch.info,
@@ -85,10 +88,10 @@ def _header(data: bytes, where: str) -> dict:
         raise PatchError(
             f"{where}: not a patch of mint (no readable 'mint' header); give a file that mint wrote"
         ) from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") not in range(1, FORMAT + 1):
         found = header.get("format") if isinstance(header, dict) else None
         raise PatchError(
-            f"{where}: format version {found!r}, this mint reads {FORMAT}; use the mint that wrote it"
+            f"{where}: format version {found!r}, this mint reads 1 to {FORMAT}; use the mint that wrote it"
         )
     return header
 

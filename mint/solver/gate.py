@@ -50,17 +50,22 @@ class Background:
 
 @dataclass(frozen=True)
 class InputRows:
-    """Rows of one neuron: activation n(x) = act(gate.x) * (up.x), or act(gate.x) in a plain block; biases are zero."""
+    """Rows of one neuron: activation n(x) = act(gate.x) * (up.x), or act(gate.x) in a plain block.
+
+    Where the block has biases, they are added to gate.x and up.x and stay what they are in the model.
+    """
 
     gate: Tensor
     up: Tensor | None
     gain: float = 1.0
     """What the activation is where the level is 1; the column is divided by it."""
+    bias: tuple[float, float] = (0.0, 0.0)
+    """The model's own biases of gate and up."""
 
     def respond(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
         """The neuron's activation [...] at inputs [..., d_model]."""
-        n = act(x @ self.gate)
-        return n if self.up is None else n * (x @ self.up)
+        n = act(x @ self.gate + self.bias[0])
+        return n if self.up is None else n * (x @ self.up + self.bias[1])
 
 
 def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
@@ -95,6 +100,7 @@ def fit_rows(
     act: Callable[[Tensor], Tensor],
     *,
     gated: bool,
+    bias: tuple[float, float] = (0.0, 0.0),
     silence: float = 1.0,
     ridge: float = 1e-3,
     rounds: int = 6,
@@ -102,6 +108,8 @@ def fit_rows(
 ) -> InputRows:
     """Rows whose neuron is exactly `level` at `fire`, exactly 0 at `hold`, and nearly silent elsewhere.
 
+    bias: the biases of gate and up that the neuron has in the model. They are kept, and every wanted pre-activation z
+    becomes z - bias, so that nothing but matrices changes (a low-rank adapter has no biases).
     silence: how far below the firing threshold reference inputs are pulled (theta; lower generalizes more).
     ridge: lambda, as a share of the mean variance. rounds: how often the fit is repeated with more weight on
     reference inputs that still answer above `tolerance`. A plain block (gated=False) has one row: its activation is
@@ -115,30 +123,43 @@ def fit_rows(
     scale = second.diagonal().mean()
     base = second + ridge * scale * torch.eye(width, dtype=torch.float64)
     base = base + (x["like"].T * like_weight) @ x["like"] + (x["unlike"].T * unlike_weight) @ x["unlike"]
+    # Wanted values of the rows' products with x, in units of the gain: what the biases give already is taken off.
+    lift = act(torch.tensor(STEEP)).item()
+    gate_bias, up_bias = bias[0] / STEEP, bias[1] * lift
+    silence = silence + gate_bias
     silent = -silence * mean - silence * (unlike_weight @ x["unlike"])
+    still = -up_bias * (mean + unlike_weight @ x["unlike"])
     hard = torch.zeros(0, width, dtype=torch.float64)
     hard_weight = torch.zeros(0, dtype=torch.float64)
     pool = torch.cat([background.sample.float(), inputs.unlike.float()])
     for round_ in range(rounds + 1):
         solve = _solver(base + (hard.T * hard_weight) @ hard)
         gate_right = (
-            (like_weight * torch.sign(like_level)) @ x["like"] + silent - silence * (hard_weight @ hard)
+            (like_weight * (torch.sign(like_level) - gate_bias)) @ x["like"]
+            + silent
+            - silence * (hard_weight @ hard)
         )
         if gated:
-            gate = _exact(solve, gate_right, x["fire"], torch.ones(len(level), dtype=torch.float64))
+            gate = _exact(solve, gate_right, x["fire"], torch.ones(len(level)).double() - gate_bias)
             up_points, up_values = (
                 torch.cat([x["fire"], x["hold"]]),
                 torch.cat([level, torch.zeros(len(x["hold"]))]),
             )
-            up = _exact(solve, (like_weight * like_level) @ x["like"], up_points, up_values.double())
-            rows = InputRows((STEEP * gate).float(), (up / act(torch.tensor(STEEP)).double()).float())
+            up_right = (
+                (like_weight * (like_level - up_bias)) @ x["like"] + still - up_bias * (hard_weight @ hard)
+            )
+            up = _exact(solve, up_right, up_points, up_values.double() - up_bias)
+            rows = InputRows((STEEP * gate).float(), (up / lift).float(), bias=bias)
         else:
             points = torch.cat([x["fire"], x["hold"]])
             values = torch.cat(
-                [_reach(act, STEEP * level) / STEEP, torch.full((len(x["hold"]),), -silence).double()]
+                [
+                    _reach(act, STEEP * level) / STEEP - gate_bias,
+                    torch.full((len(x["hold"]),), -silence).double(),
+                ]
             )
             gate = _exact(solve, gate_right, points, values)
-            rows = InputRows((STEEP * gate).float(), None, STEEP)
+            rows = InputRows((STEEP * gate).float(), None, STEEP, bias)
         if round_ == rounds or not len(pool):
             break
         answer = rows.respond(pool, act).abs() / rows.gain

@@ -6,7 +6,9 @@ every target token over its rivals by a margin (columns.py). This module chooses
 cause or carrier; protects what must stay; and checks the result in the real weights. Formulas: docs/solver.md.
 """
 
+import hashlib
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from mint.guards import first_broken
 from mint.model.hooks import record
 from mint.model.lm import LM
 from mint.model.margins import margins, margins_of
-from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
+from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, read_neuron, versions
 from mint.reference import Statistics, sample_layers, statistics
 from mint.solver.column import Trial, fit_columns, fit_levels_too, shrink
 from mint.solver.gate import Background, InputRows, Inputs, fit_rows
@@ -42,6 +44,10 @@ GUARD_WEIGHT = 0.02
 """Weight of an input that must stay silent for the sake of a kept output or an earlier repair."""
 MANY = 20
 """Earlier repairs at which the dial is halved."""
+SPARE = 16
+"""How many of them a patch names."""
+IDLE = 48
+"""One in so many neurons of a layer counts as idle: the quietest on reference text."""
 HEARD = 0.02
 """Least activation, as a share of that at the fault, for which a kept output or an earlier repair is looked at again."""
 OPENING = 3
@@ -213,6 +219,18 @@ def _blame(task: _Task, layers: Sequence[int]) -> list[Tensor]:
     ]
 
 
+def _nearly_free(task: _Task, energies: Tensor, free: Tensor) -> list[int]:
+    """The idle neurons of a layer that cost next to nothing, in an order that hangs on the case alone.
+
+    So repairs that know nothing of each other rarely take the same neuron, and their patches can be put together.
+    """
+    quiet = energies.masked_fill(~free, float("inf")).argsort()[: max(4, len(energies) // IDLE)].tolist()
+    quiet = [i for i in quiet if free[i]]
+    case = task.problem.case
+    random.Random(hashlib.sha256(f"{case.prompt}\0{case.target}".encode()).digest()).shuffle(quiet)
+    return quiet
+
+
 def _carriers(task: _Task, layer: int, blame: list[Tensor] | None, count: int) -> list[_Carrier]:
     """The `count` best neurons of a layer to rewrite: responsible and cheap ones first, then idle ones."""
     energies = _energies(task, layer)
@@ -225,9 +243,7 @@ def _carriers(task: _Task, layer: int, blame: list[Tensor] | None, count: int) -
         guilty = [i for i in order[:RESPONSIBLE] if blame[layer][i] < 0 and free[i]]
         guilty.sort(key=lambda i: float(energies[i]))
         responsible = guilty if where == "responsible" else [i for i in guilty if energies[i] <= CHEAP]
-    idle = (
-        [] if where == "responsible" else energies.masked_fill(~free, float("inf")).argsort()[:count].tolist()
-    )
+    idle = [] if where == "responsible" else _nearly_free(task, energies, free)[:count]
     chosen = [(i, "responsible") for i in responsible] + [(i, "idle") for i in idle if i not in responsible]
 
     def score(index: int) -> float | None:
@@ -314,11 +330,12 @@ def _surroundings(task: _Task, layer: int) -> _Surroundings:
     )
 
 
-def _rows(task: _Task, layer: int, level: Tensor, around: _Surroundings, guard: float) -> InputRows:
-    """Rows for one neuron of a layer with the given levels [n] at the target's positions, and behind other prompts.
+def _rows(task: _Task, carrier: _Carrier, level: Tensor, around: _Surroundings, guard: float) -> InputRows:
+    """Rows for one neuron with the given levels [n] at the target's positions, and behind other prompts.
 
     Behind strangers the first positions stay silent: only the later ones show that this very target is being written.
     """
+    layer = carrier.layer
     tail, recipe = task.tail(layer), task.recipe
     fire = level.abs() > 1e-3
     like, like_level, unlike = [tail.inputs[:0]], [level[:0]], [tail.prompt_inputs]
@@ -345,17 +362,22 @@ def _rows(task: _Task, layer: int, level: Tensor, around: _Surroundings, guard: 
     back = Background(stats.inputs_second[layer], stats.inputs_mean[layer], stats.sample[layer].float())
     lm = task.lm
     act = lm.layout.act(layer)
+    now = read_neuron(lm, layer, carrier.index, ("gate_bias", "up_bias"))
     return fit_rows(
-        inputs, back, act, gated=lm.block(layer).gated, silence=recipe.silence, ridge=recipe.ridge
+        inputs,
+        back,
+        act,
+        gated=lm.block(layer).gated,
+        bias=(float(now.get("gate_bias", 0.0)), float(now.get("up_bias", 0.0))),
+        silence=recipe.silence,
+        ridge=recipe.ridge,
     )
 
 
 def _rewrite(lm: LM, carrier: _Carrier, rows: InputRows, column: Tensor) -> NeuronEdit:
-    slices = lm.block(carrier.layer).slices(carrier.index)
     after = {"out": column / rows.gain, "gate": rows.gate}
     if rows.up is not None:
         after["up"] = rows.up
-    after |= {role: torch.zeros(()) for role in slices if role.endswith("_bias")}
     return make_edit(lm, carrier.layer, carrier.index, after)
 
 
@@ -408,7 +430,7 @@ def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Pa
     edits, loud, cost = [], torch.zeros(len(around.guarded)), 0.0
     act = task.lm.layout.act(layer)
     for carrier, level, column in zip(carriers, trial.levels, trial.columns, strict=False):
-        rows = _rows(task, layer, level, around, guard)
+        rows = _rows(task, carrier, level, around, guard)
         loud = torch.maximum(loud, rows.respond(around.guarded, act).abs() / rows.gain)
         answer = rows.respond(task.stats.sample[layer].float(), act) / rows.gain
         cost += float(answer.square().mean() * column.square().sum())
@@ -420,8 +442,17 @@ def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Pa
         "carriers": [_describe(c) for c in carriers[: len(edits)]],
         "heard_by": [i for i, part in enumerate(loud.split(around.lengths)) if bool((part > HEARD).any())],
         "cost": cost,
+        "spare": _spare(task, layer, {e.index for e in edits}),
     }
     return Patch(tuple(edits), identity(task.lm)), details
+
+
+def _spare(task: _Task, layer: int, taken: set[int]) -> list[list[int]]:
+    """Other neurons [layer, index] that could carry the repair as well, for when another patch wants this one."""
+    energies = _energies(task, layer)
+    used = taken | {index for at, index in task.problem.used if at == layer}
+    free = torch.tensor([i not in used for i in range(len(energies))])
+    return [[layer, i] for i in _nearly_free(task, energies, free)[:SPARE]]
 
 
 def _describe(carrier: _Carrier) -> dict:
@@ -557,6 +588,7 @@ def _settle(task: _Task, patch: Patch, details: dict) -> Solution | None:
     recipe = task.recipe
     info = {
         "solver": NAME,
+        "spare": details.get("spare", []),
         "settings": {
             "margin": recipe.margin,
             "generalize": task.settings.generalize,
