@@ -1,5 +1,6 @@
 """Damaged and crafted patch files, made from good ones; the same seed gives the same file."""
 
+import copy
 import json
 import random
 import struct
@@ -65,6 +66,6 @@ def _change(value, rng: random.Random) -> None:
             elif isinstance(value, list) and rng.random() < 0.3:
                 value.append(inner)
             else:
-                value[key] = rng.choice(_VALUES)
+                value[key] = copy.deepcopy(rng.choice(_VALUES))
             return
         value = inner
