@@ -287,7 +287,7 @@ def crafted(tensors=None, header=None, **changes):
         (save_tensors(GOOD_VALUE), "no readable 'mint' header"),
         (save_tensors(GOOD_VALUE, {"mint": "[" * 100_000}), "no readable 'mint' header"),
         (crafted(header=[1]), "format version None"),
-        (crafted(format=2), "format version 99"),
+        (crafted(format=99), "format version 99"),
         (crafted(edits=[]), "lists no edits"),
         (crafted(edits={}), "lists no edits"),
         (crafted(edits=["x"]), "an edit needs layer"),
