@@ -175,6 +175,123 @@ def _written(patch, path: Path, as_json: bool, more: dict | None = None) -> int:
     return 0
 
 
+def diff(
+    first: Annotated[Path, typer.Argument(help="Patch file.")],
+    second: Annotated[Path, typer.Argument(help="Another patch file.")],
+    as_json: o.Json = False,
+) -> int:
+    """Compare two patches, neuron by neuron.
+
+    \b
+    Example:
+      mint diff first.safetensors second.safetensors
+    """
+    from mint import patch as patches
+    from mint.patch import compare
+
+    rows = compare.diff(patches.load(first), patches.load(second))
+    if as_json:
+        console.print_json({"first": str(first), "second": str(second), "neurons": rows})
+        return 0
+    for row in rows:
+        place = f"layer {row['layer']}, neuron {row['index']}: {row['kind']}"
+        if row["only"]:
+            told = f"only in {first if row['only'] == 1 else second}"
+        elif row["same"]:
+            told = "the same in both"
+        else:
+            start = "" if row["same_start"] else ", from other weights"
+            told = f"columns {row.get('distance', 0):.3g} apart, cosine {row.get('cosine', 0):.2f}{start}"
+        console.print_result(f"{place}, {told}\n")
+    return 0
+
+
+def split(
+    patch: PatchFile,
+    out: Annotated[Path, typer.Option("--out", help="Directory for one patch a case.")],
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    """Take a patch of several repairs apart: one file a case.
+
+    \b
+    Example:
+      mint split fixes.safetensors --out parts
+    """
+    from mint import patch as patches
+    from mint.patch import compare
+
+    parts = compare.split(patches.load(patch))
+    if not out.is_dir():
+        if not out.parent.is_dir():
+            raise MintError(f"cannot write {out}: {out.parent} is no directory; make it first")
+        out.mkdir()
+    names = compare.names_of(parts, out)
+    for name in names:
+        o.check_free(name, force)
+    written = [patches.save(p, n, force=force) for p, n in zip(parts, names, strict=True)]
+    if as_json:
+        console.print_json({"patches": [str(p) for p in written]})
+    else:
+        console.print_result("".join(f"{p}\n" for p in written))
+    return 0
+
+
+def diff_models(
+    before: Annotated[str, typer.Argument(help="Directory of the model without the patch.")],
+    after: Annotated[str, typer.Argument(help="Directory of the model with it.")],
+    out: OutFile,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> int:
+    """Recover a patch from two saved models that differ in a few neurons.
+
+    \b
+    Example:
+      mint diff-models ./my-model ./my-model-fixed --out fix.safetensors
+    """
+    o.check_free(out, force)
+    with console.working() as say:
+        first, _ = o.load(before, "cpu", "auto", say=say)
+        second, _ = o.load(after, "cpu", "auto", say=say)
+        from mint import patch as patches
+        from mint.patch import compare
+
+        found = compare.between(first, second)
+    return _written(found, patches.save(found, out, force=force), as_json)
+
+
+def log(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    as_json: o.Json = False,
+) -> int:
+    """List the patches that were written into a model directory, with their cases.
+
+    \b
+    Example:
+      mint log ./my-model
+    """
+    from mint.patch import provenance
+
+    if not model.is_dir():
+        raise MintError(f"{model}: no such directory; give a model directory")
+    listed = provenance.applied_patches(model)
+    if as_json:
+        console.print_json({"model": str(model), "patches": listed})
+        return 0
+    for entry in listed:
+        neurons = [n for n in entry.get("neurons") or [] if isinstance(n, dict)]
+        places = ", ".join(f"layer {n.get('layer')} neuron {n.get('index')}" for n in neurons)
+        console.print_result(f"{str(entry.get('sha256'))[:16]}  {entry.get('applied', '')}  {places}\n")
+        for case in entry.get("cases") or []:
+            if isinstance(case, dict):
+                asked, wanted = (console.visible(str(case.get(k))) for k in ("prompt", "target"))
+                console.print_result(f"  {case.get('id')}: behind {asked!r} it writes {wanted!r}\n")
+    if not listed:
+        console.note(f"{model} lists no patches")
+    return 0
+
+
 def export(
     patch: PatchFile,
     out: Annotated[Path, typer.Option("--out", help="Directory (peft) or file (gguf-lora) to write.")],
@@ -221,3 +338,7 @@ def register(app: typer.Typer) -> None:
     # Factors may be negative: what starts with a dash and a digit is no option.
     app.command(context_settings={"ignore_unknown_options": True})(scale)
     app.command()(export)
+    app.command()(diff)
+    app.command()(split)
+    app.command("diff-models")(diff_models)
+    app.command()(log)

@@ -1,0 +1,129 @@
+"""Patches against each other, and a patch out of two saved models."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mint.errors import PatchError
+from mint.model.lm import LM
+from mint.patch.edit import NeuronEdit, Patch, identity, read_neuron, same_bits, versions
+from mint.patch.names import describe
+
+MOST = 1000
+"""Neurons that two models may differ in and still be told apart by a patch."""
+
+
+def diff(one: Patch, other: Patch) -> list[dict]:
+    """What two patches change differently, a row a neuron: `only` (1 or 2), or how far apart they are where both change it."""
+    mine, theirs = ({(e.layer, e.index): e for e in p.edits} for p in (one, other))
+    rows = []
+    for place in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(place), theirs.get(place)
+        row: dict = {"layer": place[0], "index": place[1]}
+        if a is None or b is None:
+            rows.append(row | {"only": 2 if a is None else 1, "kind": (a or b).kind})
+            continue
+        same = a.after.keys() == b.after.keys() and all(same_bits(a.after[r], b.after[r]) for r in a.after)
+        row |= {"only": None, "kind": a.kind, "same": same, "same_start": _same_start(a, b)}
+        if a.after["out"].shape == b.after["out"].shape:
+            x, y = a.after["out"].float(), b.after["out"].float()
+            row["distance"] = float((x - y).norm())
+            row["cosine"] = float(torch.nn.functional.cosine_similarity(x, y, dim=0))
+        rows.append(row)
+    return rows
+
+
+def _same_start(a: NeuronEdit, b: NeuronEdit) -> bool:
+    return all(same_bits(a.before[r], b.before[r]) for r in a.before.keys() & b.before.keys())
+
+
+def split(patch: Patch) -> list[Patch]:
+    """One patch a recorded case, with the neurons that its record names.
+
+    Raises `PatchError` where a neuron belongs to two cases or to none: those cannot be taken apart.
+    """
+    cases = [c for c in patch.info.get("cases") or [] if isinstance(c, dict)]
+    owners: dict[tuple[int, int], list[int]] = {(e.layer, e.index): [] for e in patch.edits}
+    for number, case in enumerate(cases):
+        for n in case.get("neurons") or []:
+            if isinstance(n, dict) and (n.get("layer"), n.get("index")) in owners:
+                owners[n["layer"], n["index"]].append(number)
+    for (layer, index), who in owners.items():
+        if len(who) != 1:
+            told = "no case" if not who else " and ".join(repr(cases[n].get("id")) for n in who)
+            raise PatchError(
+                f"layer {layer}, neuron {index} belongs to {told}, so the patch cannot be taken apart there; keep it whole"
+            )
+    parts = []
+    for number, case in enumerate(cases):
+        edits = tuple(e for e in patch.edits if owners[e.layer, e.index] == [number])
+        if edits:
+            kept = {k: v for k, v in patch.info.items() if k not in ("cases", "composed_from", "measured")}
+            parts.append(replace(patch, edits=edits, info=kept | {"cases": [case]}))
+    if not parts:
+        raise PatchError("the patch records no cases, so there is nothing to take it apart by; keep it whole")
+    return parts
+
+
+def between(before: LM, after: LM) -> Patch:
+    """The patch that turns one loaded model into the other.
+
+    Raises `PatchError` if they differ in nothing, in something else than neurons, or in more than `MOST` of them.
+    """
+    if before.fingerprint != after.fingerprint or before.dtype != after.dtype:
+        raise PatchError(
+            f"{before.name} and {after.name} differ in their embeddings, shapes or dtypes, so one is no patched copy of the"
+            " other; give two copies of one model"
+        )
+    found: dict[tuple[int, int], None] = {}
+    inside: set[str] = set()
+    for block in before.layout.blocks:
+        for role, where in block.slices(0).items():
+            inside.add(where.parameter)
+            a, b = before.parameter(where.parameter).data, after.parameter(where.parameter).data
+            moved = (a != b) if a.dim() == 1 else (a != b).any(1 - where.axis)
+            rows = block.gate if role.startswith("gate") else block.up
+            first, step = (0, 1) if role == "out" or rows is None else (rows.offset, rows.stride)
+            for unit in moved.nonzero().flatten().tolist():
+                index, rest = divmod(unit - first, step)
+                if not rest and 0 <= index < block.d_ff:
+                    found[block.layer, index] = None
+    others = [
+        n
+        for n, p in before.model.named_parameters()
+        if n not in inside and not torch.equal(p, after.parameter(n))
+    ]
+    if others:
+        raise PatchError(
+            f"{before.name} and {after.name} also differ in '{others[0]}', which belongs to no neuron, so no patch can say"
+            " how; this is another training, not a patch"
+        )
+    if not found or len(found) > MOST:
+        raise PatchError(
+            f"{before.name} and {after.name} differ in {len(found)} neurons; a patch needs 1 to {MOST}, give two copies of"
+            " one model, one of them patched"
+        )
+    edits = tuple(_edit(before, after, layer, index) for layer, index in sorted(found))
+    base = identity(before) | {"layout": describe(before)}
+    return Patch(
+        edits, base, {"cases": [], "recovered_from": [before.name, after.name], "versions": versions()}
+    )
+
+
+def _edit(before: LM, after: LM, layer: int, index: int) -> NeuronEdit:
+    old, new = read_neuron(before, layer, index), read_neuron(after, layer, index)
+    if all(same_bits(old[r], new[r]) for r in old if r != "out"):
+        return NeuronEdit(layer, index, "value", {"out": old["out"]}, {"out": new["out"]})
+    return NeuronEdit(layer, index, "rewrite", old, new)
+
+
+def names_of(parts: Sequence[Patch], folder: Path) -> list[Path]:
+    """File names for the parts of a patch, by their cases' ids."""
+    ids = [str(p.info["cases"][0].get("id") or n) for n, p in enumerate(parts, start=1)]
+    return [
+        folder / f"{n:02d}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', i)[:60]}.safetensors"
+        for n, i in enumerate(ids, start=1)
+    ]
