@@ -1,6 +1,7 @@
 """A rule file reads back unchanged, every mistake in it is one line, and no source stands on both sides."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -139,3 +140,8 @@ def test_a_rule_reads_back_unchanged(tmp_path_factory, prompt, target, wrong, so
     path = tmp_path_factory.mktemp("rule") / "r.jsonl"
     path.write_text(dump_rule(rule), encoding="utf-8")
     assert load_rule(path) == rule
+
+
+def test_the_example_is_a_rule():
+    rule = load_rule(Path(__file__).parent.parent / "examples" / "clock.jsonl")
+    assert len(rule.learn) >= 4 and len(rule.unseen) >= 4 and rule.near
