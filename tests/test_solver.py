@@ -1,5 +1,6 @@
 """The minimal-edit solver: exact repairs on every family, protected outputs, and its parts against references."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -262,6 +263,41 @@ def test_inputs_behind_other_prompts_are_the_models_own(lm):
     found = inputs_behind(lm, 1, prompts, [20, 21])
     alone = block_inputs(lm, 1, [[9, 10, 11, 12, 13, 20]])[0]
     torch.testing.assert_close(found[1], alone[4:], atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_behind_prompts_that_begin_alike_are_those_of_whole_runs(any_lm):
+    ids, target = list(range(9, 29)), [20, 21, 22]
+    encoded = Encoded(tuple(ids), tuple(target))
+    prompts = [[*ids[:17], 40, 41], [*ids[:14], 50], [60, 61, 62], [*ids[:19]]]
+    tail = run_clean(any_lm, encoded, [1]).tails[1]
+    shared = inputs_behind(any_lm, 1, prompts, target, (ids, tail.prefix))
+    torch.testing.assert_close(shared, inputs_behind(any_lm, 1, prompts, target), atol=1e-3, rtol=1e-3)
+
+
+def test_a_shared_beginning_runs_once(lm, monkeypatch):
+    ids, target = list(range(9, 109)), [20, 21]
+    tail = run_clean(lm, Encoded(tuple(ids), tuple(target)), [1]).tails[1]
+    seen = []
+    pad = lm.pad
+    monkeypatch.setattr(type(lm), "pad", lambda _, sequences: seen.append(sequences) or pad(sequences))
+    inputs_behind(lm, 1, [[*ids[:98], 5, 6], [*ids[:97], 7, 8]], target, (ids, tail.prefix))
+    assert [sorted(map(len, batch)) for batch in seen] == [[3, 4]]
+
+
+def test_gradients_of_a_few_tokens_are_those_of_the_whole_vocabulary(any_lm, monkeypatch):
+    encoded = Encoded(tuple(range(9, 19)), (20, 21, 22, 23, 24))
+    tail = run_clean(any_lm, encoded, [1]).tails[1]
+    write = 0.1 * torch.randn(5, tail.inputs.shape[1], generator=torch.Generator().manual_seed(0))
+    asked = (torch.tensor([0, 0, 3, 4]), torch.tensor([20, 20, 23, 24]), torch.tensor([5, 6, 6, 7]))
+    few = tail.leads(write, *asked)
+
+    @contextmanager
+    def all_tokens(_lm, tokens):
+        yield tokens
+
+    monkeypatch.setattr("mint.solver.tail.only_tokens", all_tokens)
+    for a, b in zip(few, tail.leads(write, *asked), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_inputs_of_guarded_texts_are_the_models_own_and_remembered(lm, monkeypatch):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -86,6 +87,23 @@ def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             del module.forward
         else:
             module.forward = previous
+
+
+@contextmanager
+def only_tokens(lm: LM, tokens: Tensor) -> Iterator[Tensor]:
+    """Within: the unembedding gives the logits of some tokens only; yields where each of `tokens` [k] stands in them.
+
+    A vocabulary is wide: a few of its rows cost next to nothing. What is no plain linear map stays whole.
+    """
+    head = lm.module(lm.layout.unembedding)
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        yield tokens
+        return
+    rows, place = tokens.unique(return_inverse=True)
+    at = rows.to(head.weight.device)
+    weight, bias = head.weight[at], None if head.bias is None else head.bias[at]
+    with forward_replaced(head, lambda x: F.linear(x, weight, bias)):
+        yield place
 
 
 def suffix_logits(lm: LM, layer: int, hidden: Tensor, as_tuple: int, rows: Tensor, columns: Tensor) -> Tensor:

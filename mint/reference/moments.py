@@ -27,9 +27,9 @@ from mint.reference.texts import WINDOW, passages, reference_lines, reference_te
 _VERSION = 6
 SAMPLE_DEPTHS = (0.8, 0.9, 0.67, 0.5)
 """Layers, as shares of all, in which the solver edits, in the order it tries them."""
-PASSAGE_TOKENS = 6144
+PASSAGE_TOKENS = 3584
 """Most tokens of the passages that ship, evenly spread over them; as many again of the user's own text."""
-LINE_TOKENS = 4608
+LINE_TOKENS = 7168
 """Most tokens of the single lines that ship."""
 _BATCH_TOKENS = 768
 

@@ -147,7 +147,7 @@ def _prepare(lm: LM, problem: Problem, settings: Settings, layers: Sequence[int]
     stats.measure(layers, layers)
     clean = run_clean(lm, problem.encoded, layers)
     target = torch.tensor(problem.encoded.target)
-    found = margins_of(clean.logits, problem.encoded.target)
+    found = margins_of(clean.logits, problem.encoded.target).cpu()
     # A margin is a number of logits; small or young models have logits too close together to give it.
     spread = float((clean.logits.amax(1) - clean.logits.mean(1)).mean())
     recipe = replace(recipe, margin=min(recipe.margin, REACHABLE * spread))
@@ -208,8 +208,8 @@ def _blame(task: _Task, layers: Sequence[int]) -> list[Tensor]:
     """
     faults = find_faults(task.lm, task.problem.encoded)
     mean = [
-        task.stats.neurons_mean[layer] if layer in layers else torch.zeros(block.d_ff)
-        for layer, block in enumerate(task.lm.layout.blocks)
+        task.stats.neurons_mean[layer] if layer in layers else torch.zeros(task.lm.d_ff(layer))
+        for layer in range(task.lm.n_layers)
     ]
     if not faults:  # every token is right, some by too little: nothing to blame
         return [torch.zeros(task.lm.d_ff(layer)) for layer in range(task.lm.n_layers)]
@@ -320,8 +320,12 @@ class _Surroundings:
 def _surroundings(task: _Task, layer: int) -> _Surroundings:
     prompts, same = _other_prompts(task)
     target = task.problem.encoded.target
-    width = task.tail(layer).inputs.shape[1]
-    others = inputs_behind(task.lm, layer, prompts, target) if prompts else torch.zeros(0, len(target), width)
+    tail = task.tail(layer)
+    width = tail.inputs.shape[1]
+    known = None if tail.prefix is None else (task.problem.encoded.prompt, tail.prefix)
+    others = torch.zeros(0, len(target), width)
+    if prompts:
+        others = inputs_behind(task.lm, layer, prompts, target, known)
     guards = [*task.problem.keep, *task.problem.earlier]
     below = frozenset(place for place in task.problem.used if place[0] < layer)
     guarded = inputs_of(task.lm, layer, [guard.ids[:-1] for guard in guards], below)

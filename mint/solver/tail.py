@@ -16,7 +16,7 @@ from torch import Tensor
 from mint.errors import ModelError
 from mint.model.hooks import record_block_inputs
 from mint.model.lm import LM, Encoded
-from mint.model.suffix import kept_cache, kept_prefix, new_cache, record_states, start_at
+from mint.model.suffix import kept_cache, kept_prefix, new_cache, only_tokens, record_states, start_at
 
 _GROUP = 12
 """Positions whose gradients are taken together."""
@@ -43,7 +43,7 @@ class Tail:
     """[1, tokens, width] of the tokens before, where the model keeps something else than keys and values: they run again."""
 
     def logits(self, writes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits [k, vocab] in float32 on CPU of trial rows[i] at the position that predicts target token columns[i].
+        """Logits [k, vocab] in float32 of trial rows[i] at the position that predicts target token columns[i].
 
         writes: [trials, m, d_model], what is added to the output of the layer's block in each trial and token.
         Keeps the caller's gradient mode.
@@ -81,11 +81,12 @@ class Tail:
             seen["read"] = args[0][0, at.to(args[0].device)].detach().requires_grad_()
             return (seen["read"][None],)
 
-        with torch.enable_grad():
+        with only_tokens(self.lm, torch.cat([own, rival])) as places, torch.enable_grad():
+            own, rival = places.split(len(own))
             write = write.clone().requires_grad_()
             handle = self.lm.module(self.lm.layout.unembedding).register_forward_pre_hook(split)
             try:
-                logits = self._forward(write[None])
+                logits = self._forward(write[None]).cpu()
             finally:
                 handle.remove()
             leads = logits.gather(1, own[:, None])[:, 0] - logits.gather(1, rival[:, None])[:, 0]
@@ -96,7 +97,7 @@ class Tail:
         return leads.detach(), by_write
 
     def _forward(self, writes: Tensor) -> Tensor:
-        """Logits of what the unembedding is given to see, float32 on CPU; writes [trials, tokens, d_model]."""
+        """Logits of what the unembedding is given to see, float32; writes [trials, tokens, d_model]."""
         lm = self.lm
         hidden = self.hidden[:, : writes.shape[1]]
         if self.before is not None:
@@ -114,7 +115,7 @@ class Tail:
         with ExitStack() as stack:
             stack.enter_context(start_at(lm, self.layer, hidden, self.as_tuple))
             stack.callback(lm.module(lm.block(self.layer).out).register_forward_hook(add).remove)
-            return lm.model(input_ids=ids, **options).logits[0].float().cpu()
+            return lm.model(input_ids=ids, **options).logits[0].float()
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Clean:
 
     tails: dict[int, Tail]
     logits: Tensor
-    """[n, vocab] float32 on CPU at the positions that predict the target."""
+    """[n, vocab] float32 at the positions that predict the target."""
 
 
 @torch.no_grad()
@@ -140,9 +141,7 @@ def run_clean(lm: LM, encoded: Encoded, layers: Sequence[int], *, whole: bool = 
         states = stack.enter_context(record_states(lm, layers))
         inputs = stack.enter_context(record_block_inputs(lm, layers))
         stack.enter_context(lm.only_at(rows, torch.arange(start, len(ids))))
-        logits = (
-            lm.model(input_ids=lm.pad([ids]), past_key_values=cache, use_cache=True).logits[0].float().cpu()
-        )
+        logits = lm.model(input_ids=lm.pad([ids]), past_key_values=cache, use_cache=True).logits[0].float()
     cut = 0 if whole else start
     try:
         prefix = kept_prefix(lm, cache, cut) if cut else None
