@@ -24,7 +24,7 @@ REFERENCE_TOKENS = 18_000
 """Tokens of the reference text that is read once for a model, about."""
 _TIMED_TOKENS = 64
 REPAIR_TOKENS = 3_000
-"""A repair takes about as long as reading so many tokens; see docs/models.md for where that was measured."""
+"""A repair takes about as long as reading so many tokens: an order of magnitude, it depends on the target."""
 
 
 def probe(lm: LM) -> dict:
