@@ -636,7 +636,7 @@ def measured_sequences(lm: LM) -> list[specificity.Measured]:
 
 def _places(change: Change | None) -> list[dict]:
     edits = change.edits if isinstance(change, Patch) else ()
-    return [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in edits]
+    return [e.named() for e in edits]
 
 
 def _recorded(settings: Settings) -> object:

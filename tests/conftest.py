@@ -77,6 +77,33 @@ HYBRIDS = {
 """Dense models whose layers are not all alike, with activations or wrappers of their own."""
 
 
+TWO_OF = {"num_experts_per_tok": 2}
+SMALL = {"moe_intermediate_size": 24}
+MLA = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, **TWO_OF, **SMALL, **GATED, "num_key_value_heads": 4,
+}  # fmt: skip
+
+MIXTURES = {
+    "mixtral": lambda **k: T.MixtralConfig(**GATED, **TWO_OF, num_local_experts=4, **k),
+    "qwen2_moe": lambda **k: T.Qwen2MoeConfig(
+        **GATED, **TWO_OF, **SMALL, num_experts=4, shared_expert_intermediate_size=48, mlp_only_layers=[1], **k),
+    "qwen3_moe": lambda **k: T.Qwen3MoeConfig(**GATED, **TWO_OF, **SMALL, head_dim=8, num_experts=4, **k),
+    "olmoe": lambda **k: T.OlmoeConfig(**GATED, **TWO_OF, num_experts=4, **k),
+    "deepseek_v2": lambda **k: T.DeepseekV2Config(**MLA, n_routed_experts=4, **k),
+    "deepseek_v3": lambda **k: T.DeepseekV3Config(**MLA, n_routed_experts=8, n_group=2, topk_group=1, **k),
+    "granitemoe": lambda **k: T.GraniteMoeConfig(**GATED, **TWO_OF, num_local_experts=4, **k),
+    "gpt_oss": lambda **k: T.GptOssConfig(**GATED, **TWO_OF, head_dim=8, num_local_experts=4, sliding_window=16, **k),
+    "lfm2_moe": lambda **k: T.Lfm2MoeConfig(
+        **GATED, **TWO_OF, **SMALL, num_experts=4, num_dense_layers=1,
+        layer_types=["conv", "full_attention", "conv"], **k),
+    "nemotron_h_moe": lambda **k: T.NemotronHConfig(
+        **FOUR, **TWO_OF, **SMALL, head_dim=8, hybrid_override_pattern="-E*E", mamba_num_heads=8, mamba_head_dim=8,
+        ssm_state_size=16, n_routed_experts=4, moe_shared_expert_intermediate_size=24, **k),
+}  # fmt: skip
+"""Mixtures of experts: routed only, with shared experts, with dense layers, with and without gates and biases."""
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token a byte, an end-of-sequence token and nothing to download."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -90,7 +117,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A random model of a family: 3 layers, width 32, bytes as vocabulary."""
     torch.manual_seed(seed)
-    config = (FAMILIES | HYBRIDS)[family](vocab_size=257, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    config = (FAMILIES | HYBRIDS | MIXTURES)[family](
+        vocab_size=257, bos_token_id=None, eos_token_id=0, pad_token_id=0
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         # Freshly initialised models are nearly linear and nearly silent; larger weights make them behave.

@@ -35,74 +35,75 @@ class LinearScores:
 
 
 @contextmanager
-def _leaves(lm: LM) -> Iterator[dict[int, Tensor]]:
-    """Within: a forward fills layer -> activations (the model's own shape), as nodes of a graph that starts there."""
-    seen: dict[int, Tensor] = {}
+def _leaves(lm: LM) -> Iterator[dict[str, Tensor]]:
+    """Within: a forward fills block -> activations (the model's own shape), as nodes of a graph that starts there."""
+    seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for layer in lm.layout.repairable:
+        for block in lm.layout.blocks:
 
-            def hook(_module, args, layer=layer):
+            def hook(_module, args, block=block):
                 # Nothing below the first neurons is asked for, so the graph starts at them.
-                first = layer == lm.layout.repairable[0]
-                seen[layer] = args[0].detach().requires_grad_() if first else args[0]
-                return (seen[layer], *args[1:])
+                first = block.layer == lm.layout.repairable[0]
+                seen[block.out] = args[0].detach().requires_grad_() if first else args[0]
+                return (seen[block.out], *args[1:])
 
-            stack.callback(lm.module(lm.block(layer).out).register_forward_pre_hook(hook).remove)
+            stack.callback(lm.module(block.out).register_forward_pre_hook(hook).remove)
         yield seen
 
 
-def forward_with_graph(lm: LM, ids: Sequence[int], faults: Sequence[Fault]) -> tuple[Tensor, list[Tensor]]:
-    """One forward of `ids` (1 sequence): the metric of each fault, [faults], and the neurons of every layer.
+Nodes = Sequence[Sequence[Tensor]]
+"""Layer -> activations of its blocks, in the model's own shape ([1, tokens, d_ff], or flattened)."""
 
-    The neurons are graph nodes in the model's own shape ([1, tokens, d_ff], or flattened); frozen weights give no graph.
+
+def forward_with_graph(
+    lm: LM, ids: Sequence[int], faults: Sequence[Fault]
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """One forward of `ids` (1 sequence): the metric of each fault, [faults], and the neurons of every layer as nodes.
+
+    Frozen weights give no graph: it starts at the first neurons.
     """
     with torch.enable_grad(), _leaves(lm) as seen:
         logits = lm.logits([list(ids)], [[f.position for f in faults]])
-        return differences(logits, faults), [seen.get(layer, _none(lm, ids)) for layer in range(lm.n_layers)]
+        blocks = [lm.layout.blocks_of(layer) for layer in range(lm.n_layers)]
+        return differences(logits, faults), [[seen[block.out] for block in row] for row in blocks]
 
 
-def _none(lm: LM, ids: Sequence[int]) -> Tensor:
-    """The neurons of a layer without a block: none."""
-    return torch.zeros(1, len(ids), 0, device=lm.device, requires_grad=True)
-
-
-def backward(metrics: Tensor, nodes: Sequence[Tensor]) -> list[Tensor]:
-    """d metrics[i] / d node for every i and node, [faults, tokens, d_ff] a node; the graph is kept."""
+def backward(metrics: Tensor, nodes: Nodes) -> list[Tensor]:
+    """d metrics[i] / d neurons for every i and layer, [faults, tokens, d_ff] a layer; the graph is kept."""
     n = len(metrics)
     if n == 1:
-        found = _grad(metrics[0], nodes)
-        return [g.reshape(1, *_tokens_and_size(g)) for g in found]
+        return _grad(metrics[0], nodes)
     eye = torch.eye(n, device=metrics.device, dtype=metrics.dtype)
     try:
         with warnings.catch_warnings():
             # vmap says which operations it runs one by one; nothing the user could act on.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            found = _grad(metrics, nodes, eye)
-        return [g.reshape(n, *_tokens_and_size(g[0])) for g in found]
+            return _grad(metrics, nodes, eye)
     except (RuntimeError, NotImplementedError):  # an operation of the model that vmap cannot batch
         each = [backward(m[None], nodes) for m in metrics]
         return [torch.cat(layer) for layer in zip(*each, strict=True)]
 
 
-def _grad(metrics: Tensor, nodes: Sequence[Tensor], eye: Tensor | None = None) -> list[Tensor]:
-    """Gradients of the metric by every node, [faults, ...] with `eye`; nodes without neurons have none."""
-    wanted = [node for node in nodes if node.shape[-1]]
-    found = torch.autograd.grad(metrics, wanted, eye, retain_graph=True, is_grads_batched=eye is not None)
-    given = iter(found)
-    rows = () if eye is None else (len(eye),)
-    return [next(given) if node.shape[-1] else node.new_zeros(*rows, *node.shape) for node in nodes]
+def _grad(metrics: Tensor, nodes: Nodes, eye: Tensor | None = None) -> list[Tensor]:
+    """Gradients of the metric (of each, with `eye`), [faults, tokens, d_ff] a layer; a layer may have no neurons."""
+    flat = [node for row in nodes for node in row]
+    batched = eye is not None
+    found = iter(torch.autograd.grad(metrics, flat, eye, retain_graph=True, is_grads_batched=batched))
+    rows = 1 if eye is None else len(eye)
+    out = []
+    for row in nodes:
+        parts = [next(found).reshape(rows, -1, node.shape[-1]) for node in row]
+        out.append(torch.cat(parts, -1) if parts else flat[0].new_zeros(rows, 1, 0))
+    return out
 
 
-def _tokens_and_size(node: Tensor) -> tuple[int, int]:
-    return node.shape[:-1].numel(), node.shape[-1]
-
-
-def deltas(nodes: Sequence[Tensor], reference: Sequence[Tensor] | None) -> list[Tensor]:
+def deltas(nodes: Nodes, reference: Sequence[Tensor] | None) -> list[Tensor]:
     """reference - activation, [tokens, d_ff] a layer, float32. reference: [d_ff] or [tokens, d_ff] a layer; None: zero."""
     out = []
-    for layer, node in enumerate(nodes):
-        n = node.detach().reshape(*_tokens_and_size(node)).float()
-        if reference is None:
+    for layer, row in enumerate(nodes):
+        parts = [node.detach().reshape(-1, node.shape[-1]).float() for node in row]
+        n = torch.cat(parts, -1) if parts else torch.zeros(1, 0)
+        if reference is None or not parts:
             out.append(-n)
             continue
         wanted = reference[layer].to(n.device).float()
@@ -117,6 +118,8 @@ def _weigh(
     at_fault, summed = [], []
     for d, g in zip(change, gradient, strict=True):
         product = g.float() * d  # [rows, tokens, d_ff]
+        if not product.shape[-1]:  # a layer without a block
+            product = product.new_zeros(len(positions), 1 + max(map(max, positions)), 0)
         at_fault.append(torch.stack([row[p].sum(0) for row, p in zip(product, positions, strict=True)]))
         summed.append(product.sum(1))
     return LinearScores(at_fault, summed)

@@ -216,11 +216,10 @@ def _captum(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tensor]:
         embedded = embed(ids).detach().requires_grad_()
         found = method.attribute(embedded, attribute_to_layer_input=True)
     found = [f[0] if isinstance(f, tuple) else f for f in found]
-    scores = {
-        block.layer: -f.detach().reshape(-1, f.shape[-1])[-1].float().cpu()
-        for block, f in zip(lm.layout.blocks, found, strict=True)
-    }
-    return [scores.get(layer, torch.zeros(0)) for layer in range(lm.n_layers)]
+    scores: list[list[Tensor]] = [[torch.zeros(0)] for _ in range(lm.n_layers)]
+    for block, f in zip(lm.layout.blocks, found, strict=True):
+        scores[block.layer].append(-f.detach().reshape(-1, f.shape[-1])[-1].float().cpu())
+    return [torch.cat(parts) for parts in scores]
 
 
 METHODS: dict[str, Method] = {

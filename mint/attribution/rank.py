@@ -28,6 +28,7 @@ from mint.attribution.linear import LinearScores, linear_scores
 from mint.attribution.references import Reference, draws, make_reference, quiet
 from mint.case import Case
 from mint.errors import CaseError, MintError
+from mint.model.experts import focused_at
 from mint.model.lm import LM, Encoded
 from mint.reference import Statistics, statistics
 
@@ -132,6 +133,9 @@ def attribute(
     encoded = encoded or lm.encode(case)
     _check(top, exact, method)
     found = find_faults(lm, encoded)
+    if found or fault is not None:
+        at = fault or found[0]
+        lm = focused_at(lm, encoded.ids[: at.position + 1], at.position)
     if not found and fault is None:
         raise CaseError(
             f"case '{case.id}': expected a target that the model gets wrong, but it already prefers every token of it;"
@@ -153,7 +157,7 @@ def attribute(
     say("patching exactly")
     _check_exactly(lm, flat, exact, top, seed, say)
     rows, opposing = _rows(lm, flat, top)
-    return Attribution(
+    result = Attribution(
         fault=_fault_json(lm, fault),
         reference=reference,
         method=method,
@@ -180,6 +184,17 @@ def attribute(
         run=run,
         used=used,
     )
+    _name_experts(lm, result)
+    return result
+
+
+def _name_experts(lm: LM, result: Attribution) -> None:
+    """Inside, neurons are numbered through all blocks of a layer; in the result they are named (layer, expert, index)."""
+    worst = [result.agreement["worst_miss"]] if result.agreement.get("worst_miss") else []
+    for row in [*result.neurons, *result.opposing, *result.always_on, *result.controls, *worst]:
+        expert, row["index"] = lm.place(row["layer"], row["index"])
+        if expert is not None:
+            row["expert"] = expert
 
 
 def _check(top: int, exact: int | str, method: str) -> None:

@@ -174,9 +174,7 @@ def show(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "edits": [
             {
-                "layer": e.layer,
-                "index": e.index,
-                "kind": e.kind,
+                **e.named(),
                 "norm_before": _norm(e.before),
                 "norm_change": _norm({r: e.after[r].float() - e.before[r].float() for r in e.after}),
             }

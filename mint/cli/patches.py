@@ -29,7 +29,7 @@ def _on_disk(
         where = getattr(checkpoint, verb)(model, loaded, out=out, force=force, say=say)
         listed = checkpoint.applied_patches(where)
     if as_json:
-        neurons = [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in loaded.edits]
+        neurons = [e.named() for e in loaded.edits]
         console.print_json({"model": str(where), "patch": str(patch), "neurons": neurons, "applied": listed})
     else:
         console.print_result(f"{where}\n")
@@ -168,7 +168,7 @@ def scale(
 
 def _written(patch, path: Path, as_json: bool, more: dict | None = None) -> int:
     if as_json:
-        neurons = [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in patch.edits]
+        neurons = [e.named() for e in patch.edits]
         console.print_json({"patch": str(path), "neurons": neurons} | (more or {}))
     else:
         console.print_result(f"{path}\n")

@@ -343,7 +343,7 @@ def _revert(stack: Stack, weights: str, seed: int) -> dict:
     }
     if whole_matrices or not patches:
         return found
-    places = [(e.layer, e.index) for p in patches for e in p.edits]
+    places = [e.place for p in patches for e in p.edits]
     if len(set(places)) == len(places):
         shuffled = random.Random(seed).sample(patches, len(patches))
         found["any_order"] = _there_and_back(lm, patches, shuffled, weights)
@@ -370,9 +370,9 @@ def _there_and_back(lm: LM, forth: Sequence[Patch], back: Sequence[Patch], weigh
 def _force_clean(lm: LM, patches: Sequence[Patch]) -> None:
     for patch in reversed(patches):
         for edit in patch.edits:
-            for role, value in lm.block(edit.layer).slices(edit.index).items():
+            for role, value in lm.layout.slices(*edit.neuron).items():
                 if role in edit.before:
-                    lm.parameter(value.parameter).select(value.axis, value.index).copy_(edit.before[role])
+                    value.of(lm.parameter(value.parameter)).copy_(edit.before[role])
 
 
 def _public(row: dict) -> dict:

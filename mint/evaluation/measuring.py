@@ -371,7 +371,7 @@ def describe_change(change: Change | None) -> dict:
     if change is None:
         return {"neurons": 0, "places": [], "norm": 0.0}
     if isinstance(change, Patch):
-        places = [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in change.edits]
+        places = [e.named() for e in change.edits]
         pairs = [(e.before[r], e.after[r]) for e in change.edits for r in e.after]
         return {"neurons": len(change.edits), "places": places, "norm": _norm(pairs)}
     pairs = [(change.before[n], change.after[n]) for n in sorted(change.after)]

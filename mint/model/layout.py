@@ -39,11 +39,18 @@ _ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class Slice:
-    """One row, column or entry of a parameter: `parameter.select(axis, index)`."""
+    """One row, column or entry of a parameter: `parameter.select(axis, index)`, of one expert where they are stacked."""
 
     parameter: str
     axis: int
+    """Axis of the parameter, or of the one expert's part of it."""
     index: int
+    expert: int | None = None
+    """Which entry of the first axis of a parameter that stacks experts; None for any other."""
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The slice of the parameter's values, a view."""
+        return (weight if self.expert is None else weight[self.expert]).select(self.axis, self.index)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,50 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of one decoder layer, stacked in parameters [experts, ...] of one module."""
+
+    layer: int
+    module: str
+    count: int
+    d_model: int
+    d_ff: int
+    """Neurons of one expert."""
+    transposed: bool
+    """Whether the weights are stored [inputs, outputs]."""
+    interleaved: bool
+    """Whether gate and up alternate in the first linear map, instead of one behind the other."""
+    gated: bool
+    bias: bool
+    activation: str
+    """Key of `Layout.activations`."""
+    shift: float
+    """What is added to the up part before the product (1 in gpt-oss)."""
+
+    def slices(self, expert: int, index: int) -> dict[str, Slice]:
+        """Every weight of neuron `index` of an expert, by role."""
+        first = f"{self.module}.{'gate_up_proj' if self.gated else 'up_proj'}"
+        axis = 1 if self.transposed else 0
+        gate, up = (2 * index, 2 * index + 1) if self.interleaved else (index, self.d_ff + index)
+        units = {"gate": gate} | ({"up": up} if self.gated else {})
+        found = {"out": Slice(f"{self.module}.down_proj", 1 - axis, index, expert)}
+        for role, unit in units.items():
+            found[role] = Slice(first, axis, unit, expert)
+            if self.bias:
+                found[f"{role}_bias"] = Slice(f"{first}_bias", 0, unit, expert)
+        return found
+
+    def block(self, expert: int) -> "Block":
+        """One expert as a block whose maps are `ExpertInput` and `ExpertOutput` (experts.py)."""
+        name = f"{self.module}.{expert}"
+        gate = Rows(f"{name}.in", 0, 0, 1, self.bias)
+        up = Rows(f"{name}.in", 0, self.d_ff, 1, self.bias) if self.gated else None
+        return Block(
+            self.layer, f"{name}.out", 1, gate, up, self.activation, self.d_model, self.d_ff, self, expert
+        )
+
+
+@dataclass(frozen=True)
 class Block:
     """The feed-forward block of one decoder layer."""
 
@@ -79,13 +130,23 @@ class Block:
     """Key of `Layout.activations`: a name of `transformers.activations.ACT2FN`, where one fits."""
     d_model: int
     d_ff: int
+    experts: Experts | None = None
+    """The routed experts that the block is one of; None for a block that every token passes."""
+    expert: int | None = None
+    """Its number among them."""
 
     @property
     def gated(self) -> bool:
         return self.up is not None
 
+    def neutral(self, role: str) -> float:
+        """The bias of a role with which the neuron is act(gate x) * (up x), and nothing is added to either."""
+        return -self.experts.shift if role == "up_bias" and self.experts is not None else 0.0
+
     def slices(self, index: int) -> dict[str, Slice]:
         """Every weight of neuron `index`, by role: `out`, `gate`, `up`, and `gate_bias`, `up_bias` where they exist."""
+        if self.experts is not None:
+            return self.experts.slices(self.expert, index)
         found = {"out": Slice(f"{self.out}.weight", self.out_axis, index)}
         for role, rows in (("gate", self.gate), ("up", self.up)):
             if rows is None:
@@ -103,7 +164,8 @@ class Layout:
     layers: str
     """Name of the module list of decoder layers."""
     blocks: tuple[Block, ...]
-    """In the order of the layers; a layer may have none."""
+    """In the order of the layers; a layer may have none. Of routed experts only those that a model was narrowed to
+    (`experts.focused`), behind the block that every token passes."""
     unembedding: str
     """Name of the linear map to the vocabulary."""
     final_norm: str | None
@@ -114,6 +176,8 @@ class Layout:
     """Size of the residual stream."""
     n_layers: int
     """Number of decoder layers, with and without a block."""
+    experts: dict[int, Experts] = field(default_factory=dict, compare=False)
+    """Layer -> its routed experts."""
     absent: dict[int, str] = field(default_factory=dict, compare=False)
     """Layer -> why nothing in it can be repaired."""
     activations: dict[str, Callable[[Tensor], Tensor]] = field(
@@ -129,16 +193,41 @@ class Layout:
         """The layers that have a block, in order."""
         return sorted({block.layer for block in self.blocks})
 
+    def blocks_of(self, layer: int) -> list[Block]:
+        """All blocks of a layer."""
+        return [block for block in self.blocks if block.layer == layer]
+
     def block(self, layer: int) -> Block:
-        """The block of a layer. Raises `LayoutError` where the layer has none."""
-        for block in self.blocks:
-            if block.layer == layer:
-                return block
-        have = ", ".join(map(str, self.repairable))
+        """The (first) block of a layer. Raises `LayoutError` where the layer has none."""
+        if found := self.blocks_of(layer):
+            return found[0]
+        have = ", ".join(map(str, self.repairable)) or "none"
         raise LayoutError(
             f"layer {layer} has no feed-forward block that mint can repair ({self.absent.get(layer, 'no such layer')});"
             f" use one of the layers {have}"
         )
+
+    def slices(self, layer: int, index: int, expert: int | None = None) -> dict[str, Slice]:
+        """Every weight of a neuron, by role. expert: number of the routed expert that it belongs to, or None.
+
+        Raises `LayoutError` where there is no such neuron.
+        """
+        if expert is None:
+            block = next((b for b in self.blocks_of(layer) if b.expert is None), None) or self.block(layer)
+            count, owner = block.d_ff, "the layer"
+            if block.expert is not None:
+                raise LayoutError(f"layer {layer} has neurons of routed experts only; name the expert, too")
+        else:
+            experts = self.experts.get(layer)
+            if experts is None or not 0 <= expert < experts.count:
+                have = "no routed experts" if experts is None else f"experts 0 to {experts.count - 1}"
+                raise LayoutError(f"layer {layer} has {have}, asked for expert {expert}")
+            count, owner = experts.d_ff, f"expert {expert}"
+        if not 0 <= index < count:
+            raise LayoutError(
+                f"layer {layer}: {owner} has neurons 0 to {count - 1}, asked for neuron {index}"
+            )
+        return block.slices(index) if expert is None else experts.slices(expert, index)
 
     def act(self, layer: int) -> Callable[[Tensor], Tensor]:
         """The activation function of a layer's block."""
@@ -540,6 +629,65 @@ def _find_blocks(
     return *_without_shared(model, blocks, absent), functions
 
 
+_ROUTED = "its neurons are those of routed experts, and none is chosen"
+
+
+def _find_experts(name: str, layers: nn.ModuleList, functions: dict[str, Callable]) -> dict[int, Experts]:
+    """The routed experts of every layer that has some, by what their module says of itself."""
+    found: dict[int, Experts] = {}
+    for index, layer in enumerate(layers):
+        for inner, module in layer.named_modules():
+            down = getattr(module, "down_proj", None)
+            if not hasattr(module, "is_transposed") or not isinstance(down, Tensor) or down.dim() != 3:
+                continue
+            count, rows, columns = down.shape
+            width, d_ff = (columns, rows) if module.is_transposed else (rows, columns)
+            full = f"{name}.{index}.{inner}"
+            fits = _expert_activation(module, d_ff)
+            if fits is None or getattr(module, "has_post_expert_norm", False):
+                continue
+            activation, function, shift = fits
+            key = activation or f"{full}.gate"
+            functions.setdefault(key, function)
+            interleaved = module.has_gate and not module.is_concatenated
+            kind = (module.is_transposed, interleaved, module.has_gate, module.has_bias, key, shift)
+            found[index] = Experts(index, full, count, width, d_ff, *kind)
+    return found
+
+
+def _expert_activation(module: nn.Module, d_ff: int) -> tuple[str | None, Callable, float] | None:
+    """(name in ACT2FN or None, function, shift) with which an expert's neuron is act(gate) * (up + shift), or None."""
+    z = torch.linspace(-10, 10, d_ff, device=module.down_proj.device)[None]
+    if not module.has_gate:
+        function = module.act_fn
+        wanted, up, shift = function(z), None, 0.0
+    else:
+
+        def function(gate: Tensor) -> Tensor:
+            each = gate[..., None]  # the module wants a last axis of neurons
+            on, off = torch.ones_like(each), torch.zeros_like(each)
+            return (product(module, each, on) - product(module, each, off))[..., 0]
+
+        at_zero = product(module, z, torch.zeros_like(z))
+        one = function(z)
+        largest = one.abs().argmax()
+        shift = float((at_zero.flatten() / one.flatten())[largest])
+        up = z.flip(-1) / 2
+        wanted = product(module, z, up)
+        if (wanted - function(z) * (up + shift)).abs().max() > 1e-4 * wanted.abs().max():
+            return None
+        up = up + shift
+    known = {n: f for n, f in _activation_functions().items() if _mismatch(f, wanted, z, up) <= 1e-5}
+    name = next(iter(known), None)
+    return name, known.get(name, function), round(shift, 6)
+
+
+def product(experts: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """The neurons of an experts module from their gate and up parts [..., d_ff], as the module itself forms them."""
+    parts = torch.cat([gate, up], -1) if experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+    return experts._apply_gate(parts)
+
+
 def _without_shared(
     model: nn.Module, blocks: list[Block], absent: dict[int, str]
 ) -> tuple[list[Block], dict[int, str]]:
@@ -567,10 +715,12 @@ def find_layout(model: nn.Module) -> Layout:
     try:
         layers_name, layers = _decoder_layers(model)
         blocks, absent, functions = _find_blocks(model, layers_name, layers)
+        experts = _find_experts(layers_name, layers, functions)
+        absent |= {layer: _ROUTED for layer in experts if layer in absent}
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    if not blocks:
+    if not blocks and not experts:
         reasons = sorted(set(absent.values()))
         raise LayoutError(
             f"no feed-forward block found in the layers '{layers_name}' of {type(model).__name__}: {'; '.join(reasons)}"
@@ -578,7 +728,7 @@ def find_layout(model: nn.Module) -> Layout:
     head, final_norm = _find_head(model, layers, layers_name)
     embedding = model.get_input_embeddings().weight
     tied = model.get_submodule(head).weight.data_ptr() == embedding.data_ptr()
-    width = blocks[0].d_model
+    width = (blocks or list(experts.values()))[0].d_model
     return Layout(
         layers_name,
         tuple(blocks),
@@ -587,6 +737,7 @@ def find_layout(model: nn.Module) -> Layout:
         tied,
         width,
         len(layers),
+        experts,
         absent,
         functions,
     )

@@ -83,6 +83,8 @@ class LM:
     """What the user should know about how the model was read, one line each."""
     saved: Saved | None = None
     """What the model's files say; None for a model that was made in memory."""
+    expert_maps: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    """Linear maps of single experts, by the names that the layout's blocks give them (experts.py)."""
     _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
@@ -118,10 +120,11 @@ class LM:
         return 1 << 30
 
     def module(self, name: str) -> nn.Module:
-        return self._modules[name]
+        return self.expert_maps[name] if name in self.expert_maps else self._modules[name]
 
     def parameter(self, name: str) -> nn.Parameter:
-        return self._parameters[name]
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.expert_maps[owner], leaf) if owner in self.expert_maps else self._parameters[name]
 
     def block(self, layer: int) -> Block:
         """The feed-forward block of a layer. Raises `LayoutError` where the layer has none."""
@@ -132,15 +135,25 @@ class LM:
 
     def d_ff(self, layer: int) -> int:
         """Number of neurons of a layer; 0 where it has no block."""
-        return sum(block.d_ff for block in self.layout.blocks if block.layer == layer)
+        return sum(block.d_ff for block in self.layout.blocks_of(layer))
 
     def columns(self, layer: int) -> Tensor:
-        """Output weights of a layer's neurons, [d_ff, d_model], a view: row j is what neuron j writes."""
-        if not self.d_ff(layer):
+        """Output weights of a layer's neurons, [d_ff, d_model]: row j is what neuron j writes. A view, of one block."""
+        found = []
+        for block in self.layout.blocks_of(layer):
+            weight = self.parameter(f"{block.out}.weight")
+            found.append(weight.T if block.out_axis == 1 else weight)
+        if not found:
             return self.model.get_input_embeddings().weight.new_zeros(0, self.layout.width)
-        block = self.block(layer)
-        weight = self.parameter(f"{block.out}.weight")
-        return weight.T if block.out_axis == 1 else weight
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def place(self, layer: int, number: int) -> tuple[int | None, int]:
+        """(expert or None, index in its block) of a neuron numbered through all blocks of a layer."""
+        for block in self.layout.blocks_of(layer):
+            if number < block.d_ff:
+                return block.expert, number
+            number -= block.d_ff
+        raise IndexError(f"layer {layer} has {self.d_ff(layer)} neurons")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -133,14 +133,15 @@ def _chat(lm: LM) -> str | None:
 
 
 def _blocks(lm: LM) -> dict:
-    blocks = lm.layout.blocks
+    blocks, experts = lm.layout.blocks, list(lm.layout.experts.values())
     return {
         "layers": getattr(lm.model.config.get_text_config(), "num_hidden_layers", len(blocks)),
-        "repairable": [b.layer for b in blocks],
-        "neurons": lm.layout.n_neurons,
+        "repairable": sorted({*lm.layout.repairable, *lm.layout.experts}),
+        "neurons": lm.layout.n_neurons + sum(e.count * e.d_ff for e in experts),
         "width": lm.layout.width,
-        "gated": blocks[0].gated,
-        "activation": blocks[0].activation,
+        "gated": (blocks or experts)[0].gated,
+        "activation": (blocks or experts)[0].activation,
+        "experts": {e.layer: e.count for e in experts},
     }
 
 

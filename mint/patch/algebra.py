@@ -14,7 +14,7 @@ def compose(patches: Sequence[Patch]) -> Patch:
 
     A neuron edited twice is merged if the later edit starts where the earlier ends; else `PatchError` names it.
     """
-    merged: dict[tuple[int, int], NeuronEdit] = {}
+    merged: dict[tuple[int, int, int], NeuronEdit] = {}
     first = patches[0]
     for number, patch in enumerate(patches, start=1):
         for key in ("fingerprint", "tokenizer", "dtype"):
@@ -24,7 +24,7 @@ def compose(patches: Sequence[Patch]) -> Patch:
                     f" ({patch.base.get(key)} and {first.base.get(key)}); compose patches of one model"
                 )
         for edit in patch.edits:
-            key = (edit.layer, edit.index)
+            key = edit.place
             merged[key] = _chain(merged[key], edit) if key in merged else edit
     infos = [p.info for p in patches]
     rules = [r for i in infos for r in i.get("rules") or []]
@@ -48,7 +48,7 @@ def _chain(earlier: NeuronEdit, later: NeuronEdit) -> NeuronEdit:
         before.setdefault(role, value)
     after.update(later.after)
     kind = "rewrite" if "rewrite" in (earlier.kind, later.kind) else "value"
-    return NeuronEdit(earlier.layer, earlier.index, kind, before, after)
+    return NeuronEdit(earlier.layer, earlier.index, kind, before, after, earlier.expert)
 
 
 def scale(patch: Patch, factor: float) -> Patch:

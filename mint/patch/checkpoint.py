@@ -30,7 +30,7 @@ from mint.patch import Patch, check
 from mint.patch import apply as apply_in_memory
 from mint.patch import revert as revert_in_memory
 from mint.patch.edit import NeuronEdit, same_bits
-from mint.patch.names import block_of, describe
+from mint.patch.names import describe, slices_of
 from mint.patch.provenance import PROVENANCE, applied_patches, patch_id, texts_after
 from mint.patch.skeleton import DTYPES, Run, Skeleton, safetensors_files
 from mint.patch.skeleton import read as read_skeleton
@@ -274,10 +274,7 @@ def _pieces(patch: Patch, skeleton: Skeleton, layout: Mapping) -> list[_Piece]:
             raise PatchError(
                 f"the patch edits layer {edit.layer}, the model has layers 0 to {layout.get('layers', 0) - 1}"
             )
-        block = block_of(layout, edit.layer)
-        if edit.index >= block.d_ff:
-            raise PatchError(f"the patch edits {edit.where}, the layer has neurons 0 to {block.d_ff - 1}")
-        slices = block.slices(edit.index)
+        slices = slices_of(layout, edit)
         for role, value in edit.after.items():
             if role not in slices:
                 raise PatchError(

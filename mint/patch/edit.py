@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from mint import __version__
-from mint.errors import PatchError
+from mint.errors import LayoutError, PatchError
 from mint.model.layout import Slice
 from mint.model.lm import LM
 
@@ -34,10 +34,29 @@ class NeuronEdit:
     before: dict[str, Tensor]
     """Role -> weights before, [d_model] for rows and columns, [] for biases."""
     after: dict[str, Tensor]
+    expert: int | None = None
+    """Number of the routed expert that the neuron belongs to; None where every token passes its block."""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(layer, expert or -1, index): names a neuron of a model."""
+        return self.layer, -1 if self.expert is None else self.expert, self.index
+
+    @property
+    def neuron(self) -> tuple[int, int, int | None]:
+        """(layer, index, expert), as `Layout.slices` takes it."""
+        return self.layer, self.index, self.expert
 
     @property
     def where(self) -> str:
-        return f"layer {self.layer}, neuron {self.index}"
+        if self.expert is None:
+            return f"layer {self.layer}, neuron {self.index}"
+        return f"layer {self.layer}, expert {self.expert}, neuron {self.index}"
+
+    def named(self) -> dict:
+        """Which neuron and what kind of edit, as JSON values: layer, index, kind, and expert where there is one."""
+        named = {"layer": self.layer, "index": self.index, "kind": self.kind}
+        return named if self.expert is None else named | {"expert": self.expert}
 
 
 @dataclass(frozen=True)
@@ -81,12 +100,15 @@ def versions() -> dict:
 
 
 def _view(lm: LM, where: Slice) -> Tensor:
-    return lm.parameter(where.parameter).data.select(where.axis, where.index)
+    return where.of(lm.parameter(where.parameter).data)
 
 
 def read_neuron(lm: LM, layer: int, index: int, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Copies (on CPU) of a neuron's present weights by role; all roles by default."""
-    slices = lm.block(layer).slices(index)
+    return _read(lm, lm.block(layer).slices(index), roles)
+
+
+def _read(lm: LM, slices: dict[str, Slice], roles: Sequence[str] | None) -> dict[str, Tensor]:
     return {r: _view(lm, s).detach().cpu().clone() for r, s in slices.items() if roles is None or r in roles}
 
 
@@ -94,7 +116,8 @@ def make_edit(lm: LM, layer: int, index: int, after: dict[str, Tensor]) -> Neuro
     """An edit from the present weights to `after`, rounded to the model's dtype."""
     before = read_neuron(lm, layer, index, tuple(after))
     rounded = {role: after[role].detach().cpu().to(before[role].dtype).clone() for role in before}
-    return NeuronEdit(layer, index, "value" if set(after) == {"out"} else "rewrite", before, rounded)
+    kind = "value" if set(after) == {"out"} else "rewrite"
+    return NeuronEdit(layer, index, kind, before, rounded, lm.block(layer).expert)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -155,10 +178,10 @@ def _check_model(lm: LM, patch: Patch) -> None:
 def _check_place(lm: LM, edit: NeuronEdit) -> None:
     if edit.layer >= lm.n_layers:
         raise PatchError(f"the patch edits layer {edit.layer}, the model has layers 0 to {lm.n_layers - 1}")
-    block = lm.block(edit.layer)
-    if edit.index >= block.d_ff:
-        raise PatchError(f"the patch edits {edit.where}, the layer has neurons 0 to {block.d_ff - 1}")
-    slices = block.slices(edit.index)
+    try:
+        slices = lm.layout.slices(*edit.neuron)
+    except LayoutError as error:
+        raise PatchError(f"the patch edits {edit.where}: {error}") from None
     unknown = [role for role in edit.after if role not in slices]
     if unknown:
         raise PatchError(
@@ -171,13 +194,13 @@ def _check_place(lm: LM, edit: NeuronEdit) -> None:
 
 
 def _is_at(lm: LM, edit: NeuronEdit, side: str) -> bool:
-    slices = lm.block(edit.layer).slices(edit.index)
+    slices = lm.layout.slices(*edit.neuron)
     return all(same_bits(_view(lm, slices[r]).detach().cpu(), v) for r, v in getattr(edit, side).items())
 
 
 def _copy(lm: LM, patch: Patch, side: str) -> None:
     for edit in patch.edits:
-        slices = lm.block(edit.layer).slices(edit.index)
+        slices = lm.layout.slices(*edit.neuron)
         for role, value in getattr(edit, side).items():
             _view(lm, slices[role]).copy_(value)
 

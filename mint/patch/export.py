@@ -55,6 +55,10 @@ def low_rank_changes(patch: Patch, layout: Mapping | None = None) -> dict[str, L
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     transposed: dict[str, bool] = {}
     for edit in patch.edits:
+        if edit.expert is not None:
+            raise PatchError(
+                f"{edit.where} belongs to a routed expert, for which no adapter is written yet; use mint apply on the files"
+            )
         block = block_of(layout, edit.layer)
         for role in edit.after:
             delta = edit.after[role].float() - edit.before[role].float()

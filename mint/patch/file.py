@@ -22,9 +22,10 @@ _MAX_BYTES = 256 << 20
 
 
 def to_bytes(patch: Patch) -> bytes:
-    """The patch as one safetensors file: tensors `LAYER.INDEX.before|after.ROLE`, JSON under the key `mint`."""
+    """The patch as one safetensors file: tensors `LAYER.INDEX.before|after.ROLE` (`LAYER.eEXPERT.INDEX...` for a
+    neuron of a routed expert), JSON under the key `mint`."""
     tensors = {
-        f"{e.layer}.{e.index}.{side}.{role}": value.contiguous().clone()
+        f"{_name(e.layer, e.expert, e.index)}.{side}.{role}": value.contiguous().clone()
         for e in patch.edits
         for side in ("before", "after")
         for role, value in getattr(e, side).items()
@@ -32,7 +33,7 @@ def to_bytes(patch: Patch) -> bytes:
     header = {
         "format": FORMAT,
         "mint": __version__,
-        "edits": [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in patch.edits],
+        "edits": [e.named() for e in patch.edits],
         "base": patch.base,
         "info": patch.info,
     }
@@ -51,13 +52,11 @@ def from_bytes(data: bytes, where: str = "patch") -> Patch:
     listed = header.get("edits")
     if not isinstance(listed, list) or not listed:
         raise PatchError(f"{where}: lists no edits; make or fetch the patch again")
-    places: set[tuple[int, int]] = set()
+    places: set[tuple[int, int | None, int]] = set()
     for item in listed:
         place = _place(item, where)
         if place in places:
-            raise PatchError(
-                f"{where}: layer {place[0]}, neuron {place[1]} is listed twice; a patch names a neuron once"
-            )
+            raise PatchError(f"{where}: {_where(*place)} is listed twice; a patch names a neuron once")
         places.add(place)
     edits = tuple(_edit(item, tensors, where) for item in listed)
     if tensors:
@@ -96,26 +95,35 @@ def _header(data: bytes, where: str) -> dict:
     return header
 
 
-def _place(item: object, where: str) -> tuple[int, int]:
-    """(layer, index) of a listed edit."""
-    numbers = [item.get(k) for k in ("layer", "index")] if isinstance(item, dict) else [None]
+def _name(layer: int, expert: int | None, index: int) -> str:
+    return f"{layer}.{index}" if expert is None else f"{layer}.e{expert}.{index}"
+
+
+def _where(layer: int, expert: int | None, index: int) -> str:
+    return f"layer {layer}, {'' if expert is None else f'expert {expert}, '}neuron {index}"
+
+
+def _place(item: object, where: str) -> tuple[int, int | None, int]:
+    """(layer, expert, index) of a listed edit."""
+    keys = ("layer", "index", "expert") if isinstance(item, dict) and "expert" in item else ("layer", "index")
+    numbers = [item.get(k) for k in keys] if isinstance(item, dict) else [None]
     if not all(type(n) is int and n >= 0 for n in numbers) or item.get("kind") not in KINDS:
         raise PatchError(
             f"{where}: an edit needs layer and index >= 0 and kind {' or '.join(KINDS)}; found {item!r}"[:300]
         )
-    return numbers[0], numbers[1]
+    return numbers[0], numbers[2] if len(numbers) > 2 else None, numbers[1]
 
 
 def _edit(item: dict, tensors: dict[str, Tensor], where: str) -> NeuronEdit:
     """Take one listed edit's tensors out of `tensors`."""
-    layer, index = item["layer"], item["index"]
+    layer, index, expert = item["layer"], item["index"], item.get("expert")
     sides: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
     for side, found in sides.items():
         for role in ROLES:
-            value = tensors.pop(f"{layer}.{index}.{side}.{role}", None)
+            value = tensors.pop(f"{_name(layer, expert, index)}.{side}.{role}", None)
             if value is not None:
                 found[role] = value
-    place = f"{where}: layer {layer}, neuron {index}"
+    place = f"{where}: {_where(layer, expert, index)}"
     if set(sides["before"]) != set(sides["after"]) or "out" not in sides["after"]:
         raise PatchError(f"{place}: 'before' and 'after' must hold the same weights, 'out' among them")
     if (item["kind"] == "value") != (set(sides["after"]) == {"out"}):
@@ -128,7 +136,7 @@ def _edit(item: dict, tensors: dict[str, Tensor], where: str) -> NeuronEdit:
                 raise PatchError(f"{place}: '{side}.{role}' has shape {tuple(value.shape)}")
             if not value.is_floating_point() or not torch.isfinite(value.float()).all():
                 raise PatchError(f"{place}: '{side}.{role}' holds values that are no finite numbers")
-    return NeuronEdit(layer, index, item["kind"], sides["before"], sides["after"])
+    return NeuronEdit(layer, index, item["kind"], sides["before"], sides["after"], expert)
 
 
 def save(patch: Patch, path: str | Path, *, force: bool = False) -> Path:

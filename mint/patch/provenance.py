@@ -46,7 +46,7 @@ def _entry(patch: Patch) -> dict:
     entry = {
         "sha256": patch_id(patch),
         "applied": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "neurons": [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in patch.edits],
+        "neurons": [e.named() for e in patch.edits],
         "cases": [{k: c[k] for k in keys if k in c} for c in cases],
     }
     return entry | ({"rule": rules} if rules else {})

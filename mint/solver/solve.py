@@ -20,6 +20,7 @@ from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
 from mint.errors import CaseError, MintError
 from mint.guards import first_broken
+from mint.model.experts import focused_for
 from mint.model.hooks import record
 from mint.model.lm import LM
 from mint.model.margins import margins, margins_of
@@ -366,13 +367,13 @@ def _rows(task: _Task, carrier: _Carrier, level: Tensor, around: _Surroundings, 
     back = Background(stats.inputs_second[layer], stats.inputs_mean[layer], stats.sample[layer].float())
     lm = task.lm
     act = lm.layout.act(layer)
-    now = read_neuron(lm, layer, carrier.index, ("gate_bias", "up_bias"))
+    block, now = lm.block(layer), read_neuron(lm, layer, carrier.index, ("gate_bias", "up_bias"))
     return fit_rows(
         inputs,
         back,
         act,
-        gated=lm.block(layer).gated,
-        bias=(float(now.get("gate_bias", 0.0)), float(now.get("up_bias", 0.0))),
+        gated=block.gated,
+        bias=(float(now.get("gate_bias", 0.0)), float(now.get("up_bias", 0.0)) - block.neutral("up_bias")),
         silence=recipe.silence,
         ridge=recipe.ridge,
     )
@@ -613,7 +614,17 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     and earlier repairs are protected by silence at their inputs, and looked at again. Raises `MintError` for settings
     that make no sense; otherwise a failure is a `Solution` without a change and with a reason.
     """
-    return _timed(lambda: _solve(lm, problem, settings))
+    return _timed(lambda: _solve(_narrowed(lm, problem), problem, settings))
+
+
+def _narrowed(lm: LM, problem: Problem) -> LM:
+    """The model with one routed expert as the block of every layer that has no other; a dense model as it is."""
+    encoded = problem.encoded
+    if not lm.layout.experts:
+        return lm
+    short = margins(lm, encoded) < 0.5
+    wrong = [at for at, is_short in zip(encoded.positions, short.tolist(), strict=True) if is_short]
+    return focused_for(lm, encoded.ids[:-1], wrong or encoded.positions)
 
 
 def _timed(run) -> Solution:

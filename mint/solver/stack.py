@@ -62,7 +62,7 @@ class Stack:
         elif self.patches:
             whole = compose(self.patches)
             pairs = [(e.before[r], e.after[r]) for e in whole.edits for r in e.after]
-            blocks = {e.layer: self.lm.block(e.layer).slices(e.index) for e in whole.edits}
+            blocks = {e.place: self.lm.layout.slices(*e.neuron) for e in whole.edits}
             names = sorted({s.parameter for slices in blocks.values() for s in slices.values()})
         else:
             return 0.0, 0.0
