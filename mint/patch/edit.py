@@ -165,12 +165,12 @@ def _check_model(lm: LM, patch: Patch) -> None:
         present = f" revision {lm.revision}" if lm.revision else ""
         raise PatchError(
             f"the patch was made on another model ({base.get('name')}{revision}, fingerprint"
-            f" {base['fingerprint'][:12]}), this is {lm.name}{present} ({lm.fingerprint[:12]}); use the model it was"
+            f" {str(base['fingerprint'])[:12]}), this is {lm.name}{present} ({lm.fingerprint[:12]}); use the model it was"
             " made on"
         )
     if base.get("tokenizer") and base["tokenizer"] != lm.tokenizer_hash:
         raise PatchError(
-            f"the patch was made with another tokenizer ({base['tokenizer'][:12]}), this one is"
+            f"the patch was made with another tokenizer ({str(base['tokenizer'])[:12]}), this one is"
             f" {lm.tokenizer_hash[:12]}; use the tokenizer it was made with"
         )
 
