@@ -440,7 +440,7 @@ def repair_as_dict(one: RuleRepair) -> dict:
         "generated_before": learn.before if learn else None,
         "generated_after": learn.after if learn else None,
         "target": learn.row.target if learn else None,
-        "neurons": [{"layer": e.layer, "index": e.index, "kind": e.kind} for e in edits],
+        "neurons": [e.named() for e in edits],
         "margin_min": one.solution.margin_min if one.solution else None,
         "seconds": round(one.seconds, 4),
         "timing": {step: round(seconds, 4) for step, seconds in one.timing.items()},
