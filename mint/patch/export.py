@@ -1,4 +1,4 @@
-"""Patches as LoRA adapters for other software: peft (and whatever reads its format) and llama.cpp's GGUF adapters.
+"""Patches as LoRA adapters for other software: peft (and whatever reads its format), mlx-lm and llama.cpp.
 
 Changing column j of a matrix, or row j of one, is a change of rank one: the adapter holds the difference itself and a
 one-hot vector, so it is exact up to the rounding of old + (new - old). Nothing here needs the model in memory: patches
@@ -6,9 +6,10 @@ that `mint repair` wrote carry the names of their weights in `base["layout"]`.
 """
 
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from mint.model.layout import Block, Rows
 from mint.patch import NeuronEdit, Patch
 from mint.patch.names import block_of
 
-FORMATS = ("peft", "gguf-lora")
 _GGUF_NAMES = {
     # transformers' model_type -> llama.cpp's architecture, where the two differ
     "mistral": "llama",
@@ -31,6 +31,7 @@ _GGUF_NAMES = {
     "gpt_bigcode": "starcoder",
     "llama4_text": "llama4",
     "gemma3_text": "gemma3",
+    "qwen3_5_text": "qwen35",
 }
 
 
@@ -192,10 +193,48 @@ def _write_folder(out: Path, files: Mapping[str, str | bytes], force: bool) -> P
     return out
 
 
+def to_mlx(patch: Patch, out: str | Path, *, layout: Mapping | None = None, force: bool = False) -> Path:
+    """Write a directory that mlx-lm takes as `--adapter-path`; returns it.
+
+    layout: as for `to_peft`. Scale is 1; layers from the lowest that the patch touches up get an adapter, zero where the
+    patch changes nothing. Raises `PatchError` as `to_peft` does, and for maps that lie in no numbered layer.
+    """
+    rank, changes = _changes(patch, layout)
+    layout = layout if layout is not None else patch.base["layout"]
+    tensors, keys, lowest = {}, set(), layout["layers"]
+    for module, change in changes.items():
+        found = re.search(r"\.(\d+)\.(.+)$", module)
+        if found is None:
+            raise PatchError(
+                f"'{module}' lies in no numbered layer, so mlx-lm cannot place it; use --format peft"
+            )
+        lowest = min(lowest, int(found.group(1)))
+        keys.add(found.group(2))
+        tensors[f"{module}.lora_a"] = change.a.T.contiguous()
+        tensors[f"{module}.lora_b"] = change.b.T.contiguous()
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": layout["layers"] - lowest,
+        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
+    }
+    files = {
+        "adapter_config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
+        "adapters.safetensors": save_tensors(tensors, {"format": "mlx"}),
+    }
+    return _write_folder(Path(out), files, force)
+
+
 def to_gguf_lora(
-    patch: Patch, out: str | Path, *, layout: Mapping | None = None, force: bool = False
+    patch: Patch,
+    out: str | Path,
+    *,
+    layout: Mapping | None = None,
+    force: bool = False,
+    trigger: Sequence[int] = (),
 ) -> Path:
     """Write an adapter file in llama.cpp's format (`llama-cli --lora FILE`); returns its path.
+
+    trigger: token ids after which alone the adapter acts (`adapter.alora.invocation_tokens`); none: it always acts.
 
     The difference is exact; a base that llama.cpp holds quantised is not the model that was repaired, so generate once
     there before trusting it. Raises `PatchError` if llama.cpp knows no such architecture.
@@ -214,7 +253,9 @@ def to_gguf_lora(
     names = gguf.get_tensor_name_map(arch, layout["layers"])
     tensors: dict[str, np.ndarray] = {}
     for module, change in changes.items():
-        target = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        # A text model inside a wrapper has one more name in front; llama.cpp keeps the wrapper's eye in another file.
+        plain = module.replace("language_model.", "")
+        target = names.get_name(f"{plain}.weight", try_suffixes=(".weight",))
         if target is None:
             raise PatchError(
                 f"llama.cpp has no tensor for '{module}' of architecture '{name}'; use --format peft, or `mint apply`"
@@ -227,6 +268,8 @@ def to_gguf_lora(
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(rank))
+        if trigger:
+            writer.add_array("adapter.alora.invocation_tokens", [int(t) for t in trigger])
         for key, value in tensors.items():
             writer.add_tensor(key, value)
         writer.write_header_to_file()

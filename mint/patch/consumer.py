@@ -1,0 +1,119 @@
+"""Ask the software that really serves a patch: llama.cpp with an adapter, or an OpenAI-compatible server."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from mint.case import Case
+from mint.errors import MintError, PatchError
+from mint.patch.edit import Patch
+from mint.patch.record import Answer, cases_of
+
+SPARE_TOKENS = 16
+"""More tokens than characters of a target are never needed; these few show what comes behind it."""
+
+
+def _cut(text: str, target: str) -> str:
+    """What was written, as far as it says whether the target was: to the target's end, else to the end of the line."""
+    if text.startswith(target):
+        return target
+    lines = target.count("\n") + (0 if target.endswith("\n") else 1)
+    return "\n".join(text.split("\n")[:lines]) + ("\n" if target.endswith("\n") else "")
+
+
+def wrote_before(patch: Patch) -> dict[str, str]:
+    """Case id -> what the model wrote without the patch, where the patch says so."""
+    records = [c for c in patch.info.get("cases") or [] if isinstance(c, dict)]
+    return {
+        str(c.get("id")): c["generated_before"] for c in records if isinstance(c.get("generated_before"), str)
+    }
+
+
+# ---------------------------------------------------------------------- llama.cpp
+
+
+def ask_llama_cpp(model: str | Path, adapter: str | Path, patch: Patch) -> list[Answer]:
+    """What llama.cpp writes greedily behind the patch's prompts, with a GGUF model and the exported adapter.
+
+    Raises `MintError` without the `llamacpp` extra, or where llama.cpp cannot load the two files.
+    """
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        raise MintError(
+            "llama-cpp-python is not installed; pip install 'mint-repair[llamacpp]' (it builds for some minutes)"
+        ) from None
+    if not Path(model).is_file():
+        raise PatchError(f"{model}: no such file; give the GGUF file that is served")
+    try:
+        llama = Llama(str(model), lora_path=str(adapter), n_ctx=0, logits_all=False, verbose=False)
+    except (ValueError, RuntimeError) as error:
+        raise PatchError(
+            f"llama.cpp cannot load {model} with {adapter} ({' '.join(str(error).split())[:150]}); is the adapter of the same"
+            " model?"
+        ) from None
+    answers = []
+    for case in cases_of(patch):
+        budget = len(llama.tokenize(case.target.encode(), add_bos=False)) + SPARE_TOKENS
+        done = llama.create_completion(case.prompt, max_tokens=budget, temperature=0.0, repeat_penalty=1.0)
+        answers.append(Answer(case, _cut(done["choices"][0]["text"], case.target)))
+    return answers
+
+
+# ---------------------------------------------------------------------- a running server
+
+
+def ask_server(
+    url: str, cases: Sequence[Case], name: str | None = None, timeout: float = 60.0
+) -> tuple[str, list[Answer]]:
+    """(model name, answers) of an OpenAI-compatible server (`/v1/completions`) to the cases' prompts, greedily.
+
+    name: model to ask; default the first that the server lists. timeout: seconds for one answer. Raises `MintError` where
+    nothing answers, or not in that way.
+    """
+    root = url.rstrip("/").removesuffix("/v1")
+    if not root.startswith(("http://", "https://")):
+        raise MintError(f"'{url}' is no address of a server; give one such as http://127.0.0.1:8000")
+    if name is None:
+        listed = _call(f"{root}/v1/models", None, timeout).get("data")
+        if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
+            raise MintError(f"{root} lists no models; give --served-model")
+        name = str(listed[0].get("id"))
+    answers = []
+    for case in cases:
+        body = {
+            "model": name,
+            "prompt": case.prompt,
+            "max_tokens": len(case.target.encode()) + SPARE_TOKENS,
+            "temperature": 0,
+        }
+        found = _call(f"{root}/v1/completions", body, timeout)
+        try:
+            text = found["choices"][0]["text"]
+        except (KeyError, IndexError, TypeError):
+            raise MintError(
+                f"{root} answers no completion ({json.dumps(found)[:150]}); is it an OpenAI-compatible server?"
+            ) from None
+        answers.append(Answer(case, _cut(str(text), case.target)))
+    return name, answers
+
+
+def _call(address: str, body: dict | None, timeout: float) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            found = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        said = error.read()[:150].decode("utf-8", "replace")
+        raise MintError(
+            f"{address} refuses ({error.code} {' '.join(said.split())}); check the address and --served-model"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise MintError(f"{address} does not answer ({reason}); is the server running there?") from None
+    if not isinstance(found, dict):
+        raise MintError(f"{address} answers no JSON object; is it an OpenAI-compatible server?")
+    return found
