@@ -14,6 +14,9 @@ from torch import Tensor
 from mint.rules.bundle import Bundle, judge
 from mint.solver.qp import smallest
 
+_TRIES = 6
+"""Dampings tried in one iteration."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -138,12 +141,12 @@ def fit(
     linear = _linearise(tasks, columns, slack)
     done = 0
     while done < iterations:
-        for _ in range(3):
+        for _ in range(_TRIES):
             moved = linear.solve(near=columns.flatten(), damping=damping).view_as(columns)
             then = _cost(tasks, moved)
             if then < cost:
                 break
-            damping = max(1.0, 4 * damping)
+            damping = max(0.5, 4 * damping)
         else:
             break
         done, gain, cost, columns = done + 1, cost - then, then, moved

@@ -1,0 +1,482 @@
+"""Which neuron carries a rule, and when it fires: gates learnt from examples, and neurons that attribution blames.
+
+A `Reading` is one layer as the learn prompts, the kept texts and the reference text show it; a `Neuron` is one way to
+make one neuron of it fire at the faults, with its activations everywhere, also those it would have without a prompt's
+own fold. Knows nothing about what a neuron writes.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mint.model.layout import Rows
+from mint.model.lm import LM, Encoded
+from mint.patch import read_neuron
+from mint.reference import Statistics
+from mint.rules.bundle import Bundle
+from mint.rules.gate import Detector, Examples, fit_constant, fit_direction, make_detector
+
+FIRE_BELOW = 0.5
+"""Logits of lead below which a target token needs the neuron."""
+FIRE_SHARE = 0.25
+"""Share of learn prompts whose token at a place needs the neuron, from which on it fires there in all of them."""
+TOP = 0.998
+"""Quantile of the answers to reference text that counts as the loudest other input."""
+IDLE_SAMPLE = 1024
+"""Reference inputs from which is judged how much a neuron writes."""
+SUSPECTS = 20
+"""Most guilty neurons of a layer that are looked at."""
+
+# Cost of a violation by what an input is, where a learn prompt's first wrong place costs 1.
+PROMPT = 0.05
+"""Earlier tokens of learn prompts and kept texts, and reference inputs."""
+HOLD = 0.3
+"""Places of the target that are right already, and later tokens of kept texts."""
+NEAR = 1.0
+"""The last prompt token of kept texts: the most dangerous neighbours."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One layer of the model at everything that matters to a rule."""
+
+    layer: int
+    learn: Bundle
+    keep: Bundle | None
+    fire: Tensor
+    """[b, m] bool: places of the learn prompts where the rule's neurons act."""
+    fold: Tensor
+    """[b] the fold that each learn prompt is left out with."""
+    keep_fold: Tensor
+    silent: Tensor
+    """[k, d_model] raw inputs to keep silent at: prompts, kept texts, reference."""
+    silent_weight: Tensor
+    silent_fold: Tensor
+    """[k] the fold that an input is left out with."""
+    keep_rows: Tensor
+    """[k] the kept text that an input of `silent` predicts a token of; -1: none."""
+    scale: Tensor
+    """[d_model] root mean square of inputs on reference text."""
+    constant: Tensor
+    """[d_model] direction that answers 1 to scaled inputs."""
+    sample: Tensor
+    """Reference inputs, raw."""
+    sample_fold: Tensor
+    """The fold that each of them is left out with: blocks of neighbours, which are of the same texts."""
+
+    @property
+    def folds(self) -> int:
+        return int(self.fold.max()) + 1
+
+    @property
+    def size(self) -> float:
+        """Squared length of the residual stream at the learn prompts."""
+        return float(self.learn.hidden.float().square().sum(-1)[self.learn.real].median())
+
+    def weighted(self, weight: Tensor) -> "Reading":
+        """The same with kept text i costing weight[i] times as much."""
+        factor = torch.where(self.keep_rows >= 0, weight[self.keep_rows.clamp(min=0)], torch.tensor(1.0))
+        return replace(self, silent_weight=self.silent_weight * factor)
+
+
+def fire_places(learn: Bundle) -> Tensor:
+    """[b, m] bool: where the neuron fires."""
+    needs = learn.real & (learn.clean < FIRE_BELOW)
+    share = needs.sum(0) / learn.real.sum(0).clamp(min=1)
+    return learn.real & (share >= FIRE_SHARE)[None]
+
+
+def place_groups(fire: Tensor) -> list[Tensor]:
+    """Two neurons' places: the first, where the habit has to be recognised, and the rest, where it is being undone."""
+    first = torch.zeros_like(fire)
+    first[:, 0] = fire[:, 0]
+    groups = [first, fire & ~first]
+    return [g for g in groups if g.any()]
+
+
+def _habit_places(ids: Sequence[int], habits: Collection[tuple[int, ...]]) -> list[int]:
+    """Tokens of a text behind which it goes on as a habit does."""
+    return [
+        p
+        for p in range(len(ids) - 1)
+        if any(tuple(ids[p + 1 : p + 1 + len(habit)]) == habit for habit in habits)
+    ]
+
+
+def read_layer(
+    lm: LM,
+    stats: Statistics,
+    learn: Bundle,
+    keep: Bundle | None,
+    groups: Sequence[int],
+    folds: int,
+    learn_texts: Sequence[Encoded],
+    keep_texts: Sequence[Encoded],
+    habits: Collection[tuple[int, ...]],
+) -> Reading:
+    """Collect what a layer's gates learn from. groups: [b] texts of one group are left out together."""
+    layer = learn.layer
+    second, mean = stats.inputs_second[layer], stats.inputs_mean[layer]
+    scale = second.diagonal().clamp_min(1e-12).sqrt()
+    fire = fire_places(learn)
+    numbers = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    count = max(1, min(len(numbers), folds))
+    fold = torch.tensor([numbers[g] % count for g in groups])
+    keep_fold = torch.arange(len(keep) if keep is not None else 0) % count
+    sample = stats.sample[layer].float() if layer in stats.sample else mean[None]
+    xs, ws, fs, ks = [], [], [], []
+
+    def add(x: Tensor, weight: Tensor, fold: int, row: int = -1) -> None:
+        xs.append(x)
+        ws.append(weight)
+        fs.append(torch.full((len(x),), fold))
+        ks.append(torch.full((len(x),), row))
+
+    def prompt(x: Tensor, text: Encoded, fold: int) -> None:
+        weight = torch.full((len(x),), PROMPT)
+        weight[[p for p in _habit_places(text.prompt, habits) if p < len(x)]] = 0.0
+        add(x, weight, fold)
+
+    for i, text in enumerate(learn_texts):
+        held = learn.inputs[i][learn.real[i] & ~fire[i]]
+        add(held, torch.full((len(held),), HOLD), int(fold[i]))
+        prompt(learn.prompt_inputs[i], text, int(fold[i]))
+    for i, text in enumerate(keep_texts):
+        x = keep.inputs[i][keep.real[i]]
+        weight = torch.full((len(x),), HOLD)
+        weight[:1] = NEAR
+        add(x, weight, int(keep_fold[i]), i)
+        prompt(keep.prompt_inputs[i], text, int(keep_fold[i]))
+    sample_fold = torch.arange(len(sample)) * count // len(sample)
+    for k in range(count):
+        block = sample[sample_fold == k]
+        add(block, torch.full((len(block),), PROMPT), k)
+    constant = fit_constant(second, mean, scale, learn.inputs[fire] / scale)
+    return Reading(
+        layer,
+        learn,
+        keep,
+        fire,
+        fold,
+        keep_fold,
+        torch.cat(xs),
+        torch.cat(ws),
+        torch.cat(fs),
+        torch.cat(ks),
+        scale,
+        constant,
+        sample,
+        sample_fold,
+    )
+
+
+# ---------------------------------------------------------------------- a neuron
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How a gate was learnt."""
+
+    places: Tensor
+    """[b, m] bool."""
+    ridge: float
+    silence: float
+    threshold: float
+    prior: Tensor | None = None
+    """The direction that it started from, if that is a neuron's own."""
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """One neuron of a layer, made to fire at the faults."""
+
+    index: int
+    kind: str
+    """`rewrite` (gate learnt), `sharpened` (gate learnt from its own direction on), `value` (as it is)."""
+    role: str
+    """`idle` or `responsible`."""
+    rows: Detector
+    fire: Tensor
+    """[b, m] bool: places of the learn prompts where it is to act."""
+    levels: Tensor
+    """[2, b, m] activation over gain at the learn prompts: as it is, and by the gate made without the prompt's fold."""
+    keep_levels: Tensor
+    """[2, keep texts, m] the same at kept texts."""
+    elsewhere: Tensor
+    """[samples] activation over gain at reference inputs, by gates made without them."""
+    settings: GateSettings | None = None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether what it wrote before is lost."""
+        return self.kind != "value"
+
+    @property
+    def promise(self) -> float:
+        """How evenly it fires at faults left out, less how much it does at kept texts left out and at reference text."""
+        at = self.levels[1][self.fire]
+        first = self.levels[1][:, 0][self.fire[:, 0]]
+        right = sum(float((x / 0.6).clamp(0, 1).mean()) for x in (at, first) if len(x)) / (
+            2 if len(first) else 1
+        )
+        beside = (
+            float((self.keep_levels[1].abs() / 0.6).clamp(0, 1).amax(1).mean())
+            if len(self.keep_levels[1])
+            else 0
+        )
+        return right - beside - 10 * float((self.elsewhere.abs() / 0.6).clamp(0, 1).mean())
+
+    def describe(self) -> dict:
+        """JSON values."""
+        known = {"index": self.index, "kind": self.kind, "role": self.role}
+        if self.settings is not None:
+            s = self.settings
+            known |= {"ridge": s.ridge, "silence": s.silence, "threshold": s.threshold}
+        return known
+
+    def again(self, lm: LM, at: Reading) -> "Neuron":
+        """The same neuron with its gate learnt anew from a reading with other weights."""
+        s = self.settings
+        return learn_gates(lm, at, s.places, self.index, s.ridge, s.silence, (s.threshold,), s.prior)[0]
+
+
+def learn_gates(
+    lm: LM,
+    at: Reading,
+    places: Tensor,
+    index: int,
+    ridge: float,
+    silence: float,
+    thresholds: Sequence[float],
+    prior: Tensor | None = None,
+) -> list[Neuron]:
+    """Neurons with a learnt gate that acts at `places`, one a threshold.
+
+    prior: the neuron's own direction, from which the learnt one departs (the neuron is then sharpened).
+    """
+    learn = at.learn
+    # The first place is where the habit has to be recognised: all later ones together weigh as much.
+    first = torch.zeros_like(places)
+    first[:, 0] = True
+    later = max(1.0, float((places & ~first).sum()) / max(1, len(learn)))
+    i, p = places.nonzero().T
+    others = at.fire & ~places
+    j, q = others.nonzero().T
+    x = torch.cat([learn.inputs[i, p], learn.inputs[j, q], at.silent]) / at.scale
+    fire = torch.zeros(len(x), dtype=torch.bool)
+    fire[: len(i)] = True
+    weight = torch.cat([torch.where(p == 0, 1.0, 1.0 / later), torch.full((len(j),), HOLD), at.silent_weight])
+    fold = torch.cat([at.fold[i], at.fold[j], at.silent_fold])
+    examples = Examples(x, fire, weight)
+    strength = ridge * x.shape[1]
+    # Started where everything is answered by -silence, only the faults are short at first, which makes it fast.
+    begin = -silence * at.constant if prior is None else prior
+    full = fit_direction(examples, silence=silence, ridge=strength, start=begin, prior=prior)
+    few = examples.fire | (x @ full > -silence - 0.2)  # only what comes near the border can matter to a fold
+    close, close_fold = examples.without(~few), fold[few]
+    made = [
+        fit_direction(
+            close.without(close_fold == k), silence=silence, ridge=strength, start=full, prior=prior
+        )
+        for k in range(at.folds)
+    ]
+    if at.folds == 1:  # nothing can be left out
+        made = [full]
+    return [
+        _calibrated(lm, at, index, full, made, GateSettings(places, ridge, silence, threshold, prior))
+        for threshold in thresholds
+    ]
+
+
+def _calibrated(
+    lm: LM, at: Reading, index: int, full: Tensor, made: list[Tensor], settings: GateSettings
+) -> Neuron:
+    """Shift and stretch the answers: 0 at the threshold, 1 at a typical fault that was left out."""
+    learn, places = at.learn, settings.places
+    x = learn.inputs / at.scale
+    each = torch.stack([x @ g for g in made])
+    held = each[at.fold, torch.arange(len(learn))]  # [b, m]
+    # The weakest place of the target decides where the neuron has to be awake.
+    by_place = [held[:, p][places[:, p]] for p in range(places.shape[1]) if places[:, p].any()]
+    faults = min(by_place, key=lambda v: float(v.median()))
+    typical = float(faults.median())
+    spread = float(faults.std()) if len(faults) > 1 else 0.2 * abs(typical)
+    weakest = typical - 1.5 * spread
+    answers = torch.stack([at.sample / at.scale @ g for g in made])
+    others = float(answers[at.sample_fold, torch.arange(len(at.sample))].quantile(TOP))
+    threshold = others + settings.threshold * (weakest - others)
+    threshold = min(threshold, typical - max(spread, 0.1 * abs(typical), 1e-3))
+    span = typical - threshold
+
+    def moved(a: Tensor) -> Tensor:
+        return (a - threshold * at.constant) / span
+
+    own = [
+        ((x @ full)[:, p][places[:, p]].median() - threshold) / span
+        for p in range(places.shape[1])
+        if places[:, p].any()
+    ]
+    width = 1 + max(1.0, float(max(own)))
+    return _neuron(lm, at, index, moved(full), [moved(g) for g in made], width, settings)
+
+
+def _neuron(
+    lm: LM,
+    at: Reading,
+    index: int,
+    full: Tensor,
+    made: list[Tensor],
+    width: float,
+    settings: GateSettings,
+) -> Neuron:
+    act, gated = lm.layout.act(at.layer), lm.block(at.layer).gated
+    rows = [make_detector(a, at.constant, at.scale, width, gated) for a in (full, *made)]
+
+    def both(bundle_: Bundle, fold: Tensor) -> Tensor:
+        each = torch.stack([r.respond(bundle_.inputs, act) for r in rows]) * bundle_.real
+        return torch.stack([each[0], each[1:][fold, torch.arange(len(bundle_))]])
+
+    keep_levels = both(at.keep, at.keep_fold) if at.keep is not None else torch.zeros(2, 0, 1)
+    return Neuron(
+        index,
+        "rewrite" if settings.prior is None else "sharpened",
+        "idle" if settings.prior is None else "responsible",
+        rows[0],
+        settings.places,
+        both(at.learn, at.fold),
+        keep_levels,
+        torch.stack([r.respond(at.sample, act) for r in rows[1:]])[
+            at.sample_fold, torch.arange(len(at.sample))
+        ],
+        settings,
+    )
+
+
+# ---------------------------------------------------------------------- idle and responsible neurons
+
+
+def activations(lm: LM, layer: int, x: Tensor) -> Tensor:
+    """Activations [k, d_ff] of a layer's neurons at raw inputs [k, d_model], float32 on CPU."""
+    block = lm.block(layer)
+    units = torch.arange(block.d_ff)
+    x = x.to(lm.device, lm.dtype)
+
+    def through(rows: Rows) -> Tensor:
+        return lm.module(rows.module)(x)[..., rows.offset + rows.stride * units]
+
+    n = lm.layout.act(layer)(through(block.gate))
+    return (n if block.up is None else n * through(block.up)).float().cpu()
+
+
+@torch.no_grad()
+def idle_neuron(lm: LM, stats: Statistics, layer: int, used: frozenset[tuple[int, int]]) -> int:
+    """The neuron that writes least on reference text, E|n| |column|, and is not in use.
+
+    Not E[n^2], which the first token of a text decides alone: models park outliers there.
+    """
+    size = lm.columns(layer).float().norm(dim=1).cpu()
+    if layer in stats.sample:
+        sample = stats.sample[layer]
+        written = activations(lm, layer, sample[:: max(1, len(sample) // IDLE_SAMPLE)]).abs().mean(0) * size
+    else:
+        written = stats.neurons_square[layer].sqrt() * size
+    for at, index in used:
+        if at == layer:
+            written[index] = torch.inf
+    return int(written.argmin())
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A neuron that attribution blames for the habit."""
+
+    reading: Reading
+    index: int
+    score: float
+    """Linear effect of silencing it on logit(wrong) - logit(right), summed over the learn prompts; negative: guilty."""
+    selectivity: float
+    """Mean of n^2 at the faults over E[n^2] on reference text."""
+
+    def describe(self) -> dict:
+        """JSON values."""
+        return {
+            "layer": self.reading.layer,
+            "index": self.index,
+            "linear_summed": round(self.score, 4),
+            "selectivity": round(self.selectivity, 2),
+        }
+
+
+def blame(lm: LM, stats: Statistics, at: Reading) -> Tensor:
+    """Linear scores [d_ff]: effect on -margin of the first fault's token, neuron replaced by its mean, summed over prompts.
+
+    At the fault's own position only, since the restart behind the kept prompt knows no other.
+    """
+    learn = at.learn
+    first = torch.zeros_like(at.fire)
+    first[torch.arange(len(learn)), at.fire.float().argmax(1)] = at.fire.any(1)
+    anything = torch.full(learn.real.shape, torch.inf)
+    _, gradient, seen = learn.soft_margins(torch.zeros_like(learn.inputs), first, anything)
+    i, p = seen.nonzero().T
+    change = stats.neurons_mean[at.layer] - learn.neurons[i, p]  # [faults, d_ff]
+    return -(change * (gradient[i, p, p] @ lm.columns(at.layer).float().cpu().T)).sum(0)
+
+
+def responsible_neurons(
+    lm: LM, stats: Statistics, readings: Sequence[Reading], used: frozenset[tuple[int, int]]
+) -> list[Suspect]:
+    """Blamed neurons of all layers, the most telling first: guilt times how much louder they are at the faults."""
+    found = []
+    for at in readings:
+        scores = blame(lm, stats, at)
+        i, p = at.fire.nonzero().T
+        loud = at.learn.neurons[i, p].square().mean(0) / stats.neurons_square[at.layer].clamp_min(1e-12)
+        for index in scores.argsort()[:SUSPECTS].tolist():
+            if scores[index] < 0 and (at.layer, index) not in used:
+                found.append(Suspect(at, index, float(scores[index]), float(loud[index])))
+    return sorted(found, key=lambda s: s.score * s.selectivity**0.5)
+
+
+def value_edit(lm: LM, at: Reading, suspect: Suspect) -> Neuron | None:
+    """The blamed neuron as it is: only what it writes may change. None if it hardly fires at the faults."""
+    own = read_neuron(lm, at.layer, suspect.index)
+    act = lm.layout.act(at.layer)
+    n = at.learn.neurons[..., suspect.index]
+    typical = float(n[at.fire].median())
+    if abs(typical) < 1e-6:
+        return None
+    rows = Detector(own["gate"].float(), own["up"].float() if "up" in own else None, typical)
+    keep = at.keep.neurons[..., suspect.index] / typical if at.keep is not None else torch.zeros(0, 1)
+    levels = n / typical
+    elsewhere = rows.respond(at.sample, act)
+    return Neuron(
+        suspect.index,
+        "value",
+        "responsible",
+        rows,
+        at.fire,
+        torch.stack([levels, levels]),
+        torch.stack([keep, keep]),
+        elsewhere,
+    )
+
+
+def own_direction(lm: LM, at: Reading, index: int) -> Tensor:
+    """The row of a neuron (gate or up, either sign) that tells the faults from reference text best, for scaled inputs.
+
+    Shifted and stretched to answer 1 at a typical fault and -1 to typical reference text.
+    """
+    own = read_neuron(lm, at.layer, index)
+    x, sample = at.learn.inputs[at.fire] / at.scale, at.sample / at.scale
+    best: tuple[float, Tensor] | None = None
+    for role in ("gate", "up"):
+        for sign in (1.0, -1.0) if role in own else ():
+            a = sign * own[role].float() * at.scale
+            here, elsewhere = (x @ a).median(), sample @ a
+            lead = float((here - elsewhere.median()) / elsewhere.std().clamp_min(1e-9))
+            if best is None or lead > best[0]:
+                middle, half = (here + elsewhere.median()) / 2, (here - elsewhere.median()) / 2
+                best = (lead, (a - middle * at.constant) / half.clamp_min(1e-6))
+    return best[1]
