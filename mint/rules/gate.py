@@ -124,3 +124,11 @@ def make_detector(direction: Tensor, constant: Tensor, scale: Tensor, width: flo
         return Detector(gate, None, STEEP)
     up = (width * constant - direction) / (width - 1)
     return Detector(gate, up / scale / STEEP, 1.0)
+
+
+def activation(
+    answer: Tensor, constant: Tensor, width: float, act: Callable[[Tensor], Tensor], gated: bool
+) -> Tensor:
+    """What `make_detector`'s neuron does, over gain, where direction and constant answer so: [...] each."""
+    n = act(STEEP * answer) / STEEP
+    return n * (width * constant - answer) / (width - 1) if gated else n

@@ -16,7 +16,7 @@ from mint.model.lm import LM, Encoded
 from mint.patch import read_neuron
 from mint.reference import Statistics
 from mint.rules.bundle import Bundle
-from mint.rules.gate import Detector, Examples, fit_constant, fit_direction, make_detector
+from mint.rules.gate import Detector, Examples, activation, fit_constant, fit_direction, make_detector
 
 FIRE_BELOW = 0.5
 """Logits of lead below which a target token needs the neuron."""
@@ -284,14 +284,32 @@ def learn_gates(
     ]
     if at.folds == 1:  # nothing can be left out
         made = [full]
+    # Answers to reference inputs, each by the gate made without it, and those of the constant: [samples] each.
+    columns = torch.stack([*made, at.constant], 1) / at.scale[:, None]
+    answers = at.sample @ columns
+    held = answers.gather(1, at.sample_fold[:, None])[:, 0]
     return [
-        _calibrated(lm, at, index, full, made, GateSettings(places, ridge, silence, threshold, prior))
+        _calibrated(
+            lm,
+            at,
+            index,
+            full,
+            made,
+            (held, answers[:, -1]),
+            GateSettings(places, ridge, silence, threshold, prior),
+        )
         for threshold in thresholds
     ]
 
 
 def _calibrated(
-    lm: LM, at: Reading, index: int, full: Tensor, made: list[Tensor], settings: GateSettings
+    lm: LM,
+    at: Reading,
+    index: int,
+    full: Tensor,
+    made: list[Tensor],
+    answers: tuple[Tensor, Tensor],
+    settings: GateSettings,
 ) -> Neuron:
     """Shift and stretch the answers: 0 at the threshold, 1 at a typical fault that was left out."""
     learn, places = at.learn, settings.places
@@ -304,8 +322,7 @@ def _calibrated(
     typical = float(faults.median())
     spread = float(faults.std()) if len(faults) > 1 else 0.2 * abs(typical)
     weakest = typical - 1.5 * spread
-    answers = torch.stack([at.sample / at.scale @ g for g in made])
-    others = float(answers[at.sample_fold, torch.arange(len(at.sample))].quantile(TOP))
+    others = float(answers[0].quantile(TOP))
     threshold = others + settings.threshold * (weakest - others)
     threshold = min(threshold, typical - max(spread, 0.1 * abs(typical), 1e-3))
     span = typical - threshold
@@ -319,7 +336,8 @@ def _calibrated(
         if places[:, p].any()
     ]
     width = 1 + max(1.0, float(max(own)))
-    return _neuron(lm, at, index, moved(full), [moved(g) for g in made], width, settings)
+    elsewhere = (answers[0] - threshold * answers[1]) / span, answers[1]
+    return _neuron(lm, at, index, moved(full), [moved(g) for g in made], elsewhere, width, settings)
 
 
 def _neuron(
@@ -328,6 +346,7 @@ def _neuron(
     index: int,
     full: Tensor,
     made: list[Tensor],
+    elsewhere: tuple[Tensor, Tensor],
     width: float,
     settings: GateSettings,
 ) -> Neuron:
@@ -347,9 +366,7 @@ def _neuron(
         settings.places,
         both(at.learn, at.fold),
         keep_levels,
-        torch.stack([r.respond(at.sample, act) for r in rows[1:]])[
-            at.sample_fold, torch.arange(len(at.sample))
-        ],
+        activation(*elsewhere, width, act, gated),
         settings,
     )
 
