@@ -123,8 +123,9 @@ def repair(
             "--target-file": target_file,
         }
         given |= {"--cases": cases, "--learn-rephrasings": learn_rephrasings, "--verify-dtype": verify_dtype}
-        check_options(rule, given | {"--report": report})
+        check_options(rule, given)
         o.check_free(out, force)
+        o.check_free(report, force)
         from mint.rules.repair import RuleWishes
 
         return repair_rules(
@@ -149,6 +150,7 @@ def repair(
                 "patches": patch,
             },
             out=out or _free_name(),
+            report=report,
             partial=partial,
             force=force,
             as_json=as_json,

@@ -185,6 +185,7 @@ def repair_rules(
     *,
     model: dict,
     out: Path,
+    report: Path | None,
     partial: bool,
     force: bool,
     as_json: bool,
@@ -211,9 +212,19 @@ def repair_rules(
 
         lm, applied = o.load(**model, say=say, prepare=prepare)
         outcome = repair_all(lm, rules, replace(wishes, applied=applied), say=say)
+        page = None
+        if report is not None:
+            from mint.rules.report import report_page
+
+            say("writing the report")
+            page = report_page(lm, outcome)
         written = None
         if outcome.patch is not None and (outcome.success or partial):
             written = patches.save(outcome.patch, out, force=force)
+        if report is not None and page is not None:
+            from mint.files import write_file
+
+            write_file(report, page, force=force)
     result = outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:
         console.print_json(result)

@@ -54,6 +54,28 @@ def repair_page(row: dict, model: Mapping[str, str], heatmap: str | None = None)
     )
 
 
+def rules_page(
+    rules: Sequence[Mapping],
+    model: Mapping[str, str],
+    effects: Mapping | None = None,
+    matrix: Sequence[Sequence[float | None]] = (),
+    curve: Sequence[Mapping] = (),
+) -> str:
+    """The page of rules (`mint repair --rule --report`).
+
+    rules: dicts as of `mint.rules.report`. effects: a `Specificity` as a dict. matrix: one row and column a rule. curve:
+    rows of a learn curve, with the same keys each.
+    """
+    shown = [dict(rule) | {"lists": [_rule_lines(*part) for part in rule["lists"]]} for rule in rules]
+    return _template("rules.html.j2").render(
+        title="mint: rules", rules=shown, model=model, effects=effects, matrix=matrix, curve=curve
+    )
+
+
+def _rule_lines(title: str, lines: Sequence[Mapping]) -> tuple[str, list[dict]]:
+    return title, [dict(line) | {"change": diff(line["before"], line["after"])} for line in lines]
+
+
 @cache
 def _environment():
     import jinja2

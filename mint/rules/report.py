@@ -1,0 +1,76 @@
+"""The report page of rules: what became of unseen prompts and near misses, where the edit fires, what was ranked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mint.evaluation.page import rules_page
+from mint.model.lm import LM
+from mint.reference import reference_texts
+from mint.rules.figures import Line
+from mint.rules.fires import fires, matrix
+from mint.rules.repair import RuleRepair, RulesOutcome, repair_as_dict
+
+SHOWN = 40
+"""Prompts of a kind on the page, what failed first."""
+LINES = 4
+"""Last lines of each prompt."""
+
+
+def report_page(lm: LM, outcome: RulesOutcome) -> str:
+    """One HTML page about rules repaired on this model, which is clean again."""
+    texts = reference_texts()
+    shown = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
+    return rules_page(
+        [_rule(lm, one, texts) for one in outcome.repairs],
+        shown | ({"revision": lm.revision} if lm.revision else {}),
+        outcome.specificity.as_dict() if outcome.specificity else None,
+        matrix(lm, outcome) if len(outcome.repairs) > 1 else (),
+    )
+
+
+def _rule(lm: LM, one: RuleRepair, texts: Sequence[str]) -> dict[str, Any]:
+    record = repair_as_dict(one)
+    details = record["details"]
+    return {
+        "name": one.rule.name,
+        "figures": one.figures,
+        "lists": [
+            ("Unseen prompts", _lines(one.part("fault", "unseen"))),
+            ("Learn prompts", _lines(one.part("fault", "learn"))),
+            ("Near misses", _lines(one.part("near"))),
+            ("Healthy prompts", _lines(one.part("healthy"))),
+        ],
+        "fires": fires(lm, one, texts),
+        "candidates": _flat(details.get("candidates")),
+        "responsible": _flat(details.get("responsible")),
+        "verdict": details.get("verdict"),
+        **{key: record[key] for key in ("success", "reason", "note", "neurons")},
+    }
+
+
+def _lines(lines: Sequence[Line]) -> list[dict]:
+    """What is shown of some lines, failures first."""
+
+    def good(x: Line) -> bool:
+        return x.right_after if x.row.role == "fault" else x.kept
+
+    words = {"fault": ("right", "not right"), "near": ("kept", "changed"), "healthy": ("kept", "broken")}
+    return [
+        {
+            "source": x.row.source or x.row.id,
+            "prompt": "\n".join(x.row.prompt.split("\n")[-LINES:]),
+            "before": x.before,
+            "after": x.after,
+            "good": good(x),
+            "word": words[x.row.role][not good(x)],
+        }
+        for x in sorted(lines, key=good)[:SHOWN]
+    ]
+
+
+def _flat(rows: Any) -> list[dict]:
+    """Rows of a table: the keys that every row has and that are no lists of their own."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+        return []
+    keys = [k for k in rows[0] if all(k in r and not isinstance(r[k], dict) for r in rows)]
+    return [{k: round(r[k], 4) if isinstance(r[k], float) else r[k] for k in keys} for r in rows[:12]]
