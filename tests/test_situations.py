@@ -781,3 +781,17 @@ def test_the_doctor_ends_with_the_reason_where_mint_cannot_repair(tmp_path, caps
     assert main(["doctor", "-m", str(tmp_path / "m"), "--json"]) == 1
     found = capsys.readouterr()
     assert not found.out and "is an encoder-decoder model" in found.err
+
+
+def test_a_transformers_that_is_too_old_is_told():
+    from mint.model import check_transformers
+
+    for version in ("5.10.2", "4.57.1", "5.9.0.dev0"):
+        with pytest.raises(
+            ModelError, match=f"needs transformers 5.23 or newer, found {version}; pip install -U"
+        ):
+            check_transformers(version)
+    for version in ("5.23.0", "5.24.0.dev0", "6.0.0"):
+        check_transformers(version)
+    pinned = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"transformers>=5.23"' in pinned
