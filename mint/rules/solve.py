@@ -48,9 +48,9 @@ KEEP_TOKENS = 2
 """First tokens of a kept text that the column must leave as they are."""
 LOO_DAMPING = 0.2
 """Holds the columns of cross-validation near the one that they leave a text out of, where the linear model is good."""
-LOUD = 0.1
+LOUD = 0.03
 """What a neuron writes counts as loud from this share of the residual stream's length on."""
-LOUD_COST = 10.0
+LOUD_COST = 20.0
 """What a share of loud reference inputs costs, against shares of prompts held out."""
 FINALISTS = 2
 """Gates, each of another layer, that get a column of their own."""
