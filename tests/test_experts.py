@@ -18,7 +18,8 @@ from mint.model.experts import focused, focused_at, focused_for, record_routes, 
 from mint.model.hooks import override, record, record_block_inputs
 from mint.model.layout import find_layout
 from mint.model.lm import LM
-from mint.patch import Patch, applied, apply, identity, make_edit, revert
+from mint.patch import Patch, applied, apply, checkpoint, identity, make_edit, revert
+from mint.patch.names import describe
 from mint.reference import moments
 from mint.reference.texts import passages
 from mint.solver.problem import Problem, Settings
@@ -306,6 +307,34 @@ def test_neurons_that_are_not_there_are_named():
     edit = patches.NeuronEdit(1, 2, "value", {"out": torch.zeros(32)}, {"out": torch.ones(32)}, 7)
     with pytest.raises(PatchError, match="layer 1, expert 7, neuron 2"):
         apply(lm, Patch((edit,)))
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+def test_files_are_changed_and_given_back_byte_for_byte(family, tmp_path):
+    """The files hold each expert's tensors apart (or stacked, as gpt-oss): the same neuron changes as in memory."""
+    lm = tiny_lm(family)
+    lm.model.save_pretrained(tmp_path / "m")
+    lm.tokenizer.save_pretrained(tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    layer = max(lm.layout.experts)
+    edits = []
+    for expert, index in ((1, 3), (3, 0)):
+        slices = lm.layout.slices(layer, index, expert)
+        old = {role: s.of(lm.parameter(s.parameter)).detach().clone() for role, s in slices.items()}
+        new = {role: torch.randn_like(value) for role, value in old.items()}
+        edits.append(patches.NeuronEdit(layer, index, "rewrite", old, new, expert))
+    patch = Patch(tuple(edits), identity(lm) | {"layout": describe(lm)})
+    checkpoint.apply(tmp_path / "m", patch)
+    apply(lm, patch)
+    again = type(lm.model).from_pretrained(tmp_path / "m")
+    stored = dict(again.named_parameters())
+    for name, parameter in lm.model.named_parameters():
+        assert torch.equal(stored[name], parameter), name
+    checkpoint.revert(tmp_path / "m", patch)
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    missing = patches.NeuronEdit(layer, 3, "rewrite", edits[0].before, edits[0].after, 99)
+    with pytest.raises(PatchError, match="expert 99"):
+        checkpoint.apply(tmp_path / "m", Patch((missing,), patch.base))
 
 
 def test_the_layout_of_a_saved_mixture_is_the_same(tmp_path):

@@ -3,8 +3,8 @@ which file holds what. Reads headers and a few kilobytes, so the size of the mod
 """
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -71,6 +71,8 @@ class Skeleton:
     places: dict[str, list[tuple[Stored, int | None]]]
     """Parameter -> the tensors that hold it (several if files hold copies), each with the number of the expert that it is
     of a stacked parameter, or None."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """Saved name of an expert's tensor -> its place among those that make up the expert's matrix (gate 0, up 1)."""
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         found = self._shapes.get(parameter)
@@ -88,11 +90,32 @@ class Skeleton:
         Raises `PatchError` where a file holds it in another shape than the model has.
         """
         shape = self.shape(where.parameter)
-        return [
-            _run(stored, where, shape)
-            for stored, expert in self.places.get(where.parameter, [])
-            if expert is None
-        ]
+        found = self.places.get(where.parameter, [])
+        whole = [_run(stored, where, shape) for stored, expert in found if expert is None]
+        if where.expert is None or shape is None:
+            return whole
+        own = [stored for stored, expert in found if expert == where.expert]
+        return whole + self._runs_of_expert(own, where, shape[1:])
+
+    def _runs_of_expert(self, own: Sequence[Stored], where: Slice, shape: tuple[int, ...]) -> list[Run]:
+        """The same in the tensors of one expert, which files hold one by one, gate and up apart."""
+        found = []
+        offsets: dict[tuple[str, int], int] = {}
+        for part in sorted({self.parts[s.key] for s in own}):
+            for stored in (s for s in own if self.parts[s.key] == part):
+                before = offsets.get((stored.file, part - 1), 0)
+                # Parts lie one behind the other along the first axis of the expert's matrix.
+                size = stored.shape[0] if stored.shape else 0
+                offsets[stored.file, part] = before + size
+                if where.axis != 0:
+                    inside = where
+                elif before <= where.index < before + size:
+                    inside = replace(where, index=where.index - before)
+                else:
+                    continue
+                wanted = (size, *shape[1:]) if stored.shape != shape else shape
+                found.append(_run(stored, replace(inside, expert=None), wanted))
+        return found
 
     def rows(self, parameter: str, indices: range | None = None) -> Tensor | None:
         """Rows of a parameter (all of a vector), read from its first place; None if the files do not hold it."""
@@ -108,7 +131,8 @@ class Skeleton:
 
 
 def _run(stored: Stored, where: Slice, shape: tuple[int, ...] | None) -> Run:
-    if shape is None or stored.shape != shape or not where.index < shape[where.axis]:
+    expected = shape if shape is None or where.expert is None else shape[1:]
+    if shape is None or stored.shape != shape or not where.index < expected[where.axis]:
         raise PatchError(
             f"{stored.file} holds '{stored.key}' with shape {stored.shape}, expected {shape}; is this the model that the"
             " patch was made on?"
@@ -119,9 +143,17 @@ def _run(stored: Stored, where: Slice, shape: tuple[int, ...] | None) -> Run:
             f"{stored.file} holds '{stored.key}' as {stored.dtype}, which mint cannot edit; save the model in bfloat16,"
             " and repair that"
         )
+    start = stored.start
+    if where.expert is not None:
+        if not where.expert < shape[0]:
+            raise PatchError(
+                f"{stored.file} holds {shape[0]} experts in '{stored.key}', asked for {where.expert}"
+            )
+        shape = shape[1:]
+        start += where.expert * prod(shape) * size
     inner = prod(shape[where.axis + 1 :]) * size
     step = shape[where.axis] * inner
-    return Run(stored, stored.start + where.index * inner, step, inner, prod(shape[: where.axis]))
+    return Run(stored, start + where.index * inner, step, inner, prod(shape[: where.axis]))
 
 
 def _classes(saved: Saved, config, architecture: str | None) -> Iterator[Callable[[], nn.Module]]:
@@ -157,6 +189,7 @@ def read(folder: Path, architecture: str | None = None) -> Skeleton:
     known = {n: True for n, _ in model.named_parameters(remove_duplicate=False)}
     known |= {n: True for n, _ in model.named_buffers()}
     places: dict[str, list[tuple[Stored, int | None]]] = {}
+    parts: dict[str, int] = {}
     for file in safetensors_files(saved):
         for stored in headers(folder / file):
             name, stacked = rename_source_key(
@@ -164,8 +197,11 @@ def read(folder: Path, architecture: str | None = None) -> Skeleton:
             )
             expert = _EXPERT.search(stored.key)
             number = int(expert.group(1)) if stacked and expert else None
+            if number is not None:
+                sources = next(c.source_patterns for c in stackings if stacked in c.source_patterns)
+                parts[stored.key] = list(sources).index(stacked)
             places.setdefault(name, []).append((stored, number))
-    return Skeleton(folder, model, places)
+    return Skeleton(folder, model, places, parts)
 
 
 def safetensors_files(saved: Saved) -> list[str]:

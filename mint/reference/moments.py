@@ -70,8 +70,11 @@ class Statistics:
 def sample_layers(lm: LM) -> list[int]:
     """The layers of `SAMPLE_DEPTHS` in this model, without repeats, in order of preference.
 
-    Where the layer at a depth has no block, the nearest that has one.
+    Where the layer at a depth has no block, the nearest that has one. None in a mixture of routed experts alone, before
+    it is narrowed to some (`experts.focused_for`).
     """
+    if not lm.layout.repairable:
+        return []
     depths = [min(lm.n_layers - 1, int(depth * lm.n_layers)) for depth in SAMPLE_DEPTHS]
     layers = [min(lm.layout.repairable, key=lambda layer: abs(layer - depth)) for depth in depths]
     return list(dict.fromkeys(layers))
