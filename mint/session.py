@@ -30,6 +30,7 @@ from mint.model.loading import DTYPES
 from mint.model.margins import margins
 from mint.patch import Patch, compose, versions
 from mint.patch.names import describe
+from mint.reference import reference_digest
 from mint.solver.problem import Change, Problem, Settings, Solution, Solver, changed
 from mint.solver.stack import Stack, neurons_of
 
@@ -432,6 +433,7 @@ class Session:
             "chat": self.lm.template is not None,
             "settings": _recorded(self.wishes.settings),
             "measured": None if effects is None else jsonable(effects.as_dict()),
+            "reference": reference_digest(self.wishes.settings.reference),
             "versions": versions(),
         }
         return replace(whole, base=whole.base | {"layout": describe(self.lm)}, info=info)

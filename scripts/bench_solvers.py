@@ -17,11 +17,13 @@ import torch
 
 from mint.errors import MintError
 from mint.evaluation import measuring, run, summary
+from mint.evaluation.drift import Drift
+from mint.evaluation.plan import Request
 from mint.files import write_file
 from mint.measure import judges
 from mint.model.loading import BUILTIN, load_lm
 from mint.solver import SOLVERS
-from mint.solver.problem import Settings, Solver
+from mint.solver.problem import Solver
 
 RESPONSIBLE = "mint, responsible only"
 
@@ -68,21 +70,16 @@ def evaluate_file(
     """One file of cases with all solvers; the summary."""
     cases, skipped = measuring.read_cases(file)
     skipped += measuring.read_skipped(file.with_name(f"{file.stem}.skipped.jsonl"))
-    return run.evaluate(
-        lm,
-        cases,
+    request = Request(
         solvers=list(solvers),
         registry=solvers,
-        out=options.out / file.stem,
-        settings=Settings(),
+        drift=Drift() if options.sequential else None,
         seed=options.seed,
         limit=options.limit,
-        sequential=options.sequential,
-        skipped=skipped,
         tests=judges.load_tests_beside(file),
-        progress=True,
-        say=say,
+        skipped=skipped,
     )
+    return run.evaluate(lm, cases, options.out / file.stem, request, progress=True, say=say)
 
 
 def table(results: dict[str, dict]) -> str:

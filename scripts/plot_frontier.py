@@ -9,10 +9,12 @@ scripts/bench_solvers.py wrote (`--bench`). Resumable.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mint.errors import MintError
 from mint.evaluation import charts, measuring, run
+from mint.evaluation.plan import Request
 from mint.files import write_file
 from mint.model.loading import BUILTIN, load_lm
 from mint.solver.problem import Settings
@@ -54,16 +56,19 @@ def point(name: str, entry: dict) -> charts.Point | None:
 def measure(lm, options: argparse.Namespace) -> dict[str, dict]:
     """Entries of all points by name: the dial, then the baselines."""
     cases, _ = measuring.read_cases(options.cases)
-    common = {"seed": options.seed, "limit": options.limit, "progress": True, "page": False}
-    common |= {"controls": {}, "options": measuring.Options(outputs=0)}  # neither is drawn
+    common = Request(
+        controls={}, options=measuring.Options(outputs=0), seed=options.seed, limit=options.limit, page=False
+    )  # neither controls nor outputs are drawn
     found = {}
     for value in options.dial:
         settings, out = Settings(generalize=value), options.out / f"generalize-{value:g}"
-        found[f"mint, generalize {value:g}"] = run.evaluate(
-            lm, cases, solvers=["mint"], settings=settings, out=out, **common
-        )["solvers"]["mint"]  # fmt: skip
+        request = replace(common, settings=settings)
+        point = run.evaluate(lm, cases, out, request, progress=True)["solvers"]["mint"]
+        found[f"mint, generalize {value:g}"] = point
     if options.solver:
-        beside = run.evaluate(lm, cases, solvers=options.solver, out=options.out / "baselines", **common)
+        beside = run.evaluate(
+            lm, cases, options.out / "baselines", replace(common, solvers=options.solver), progress=True
+        )
         found |= beside["solvers"]
     return found
 

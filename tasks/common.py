@@ -190,10 +190,12 @@ class Task:
     def _case(self, row: Row, shared: dict[str, list[str]], limit: int) -> Case:
         prompt, target = self.prompt(row), self.target(row)
         prompts: list[str] = []
+        said = {same_words(row["intent"])}
         for intent in [*self.rephrasings(row), *shared.get(target, [])]:
-            other = self.prompt({**row, "intent": intent})
-            if intent.strip() and other != prompt and other not in prompts:
-                prompts.append(other)
+            words = same_words(intent)
+            if words and words not in said:
+                said.add(words)
+                prompts.append(self.prompt({**row, "intent": intent}))
         stop = None if self.stop == "line" else self.stop
         return Case(row["id"], prompt, target, tuple(prompts[:limit]), (), self.name, stop)
 
@@ -229,6 +231,11 @@ def _encodable(text: str) -> bool:
 def one_line(text: str) -> str:
     """`text` with runs of whitespace as one space, as the intents of the data sets are."""
     return " ".join(text.split())
+
+
+def same_words(text: str) -> str:
+    """What is left of an intent without case, spacing and a full stop at its end: who differs in those rephrases nothing."""
+    return one_line(text).rstrip(" .").casefold()
 
 
 def multi_line(row: Row) -> str | None:

@@ -4,7 +4,7 @@
      "intent_normalized": "list the files of an archive"}
 
 gives the prompt "# List the files of an archive\\n" and the target "tar tf {{path/to/file.tar}}\\n". The
-benchmark's wording (`intent_normalized`) is the rephrasing where it differs by more than case.
+benchmark's wording (`intent_normalized`) is the rephrasing where it differs by more than case and a full stop.
 """
 
 from tasks.common import Row, Task, after_comment, line_target, multi_line

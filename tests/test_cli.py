@@ -195,8 +195,9 @@ def test_a_refused_case_of_several_writes_nothing_unless_partial(fault, capsys):
     code, out, err = run(capsys, *args)
     assert code == 3 and "case 'b'" in err and json.loads(out)["patch"] is None
     assert not Path("all.safetensors").exists()
-    code, out, _ = run(capsys, *args, "--partial")
-    assert code == 3 and json.loads(out)["patch"] == "all.safetensors"
+    code, out, err = run(capsys, *args, "--partial")
+    assert code == 0 and json.loads(out)["patch"] == "all.safetensors" and json.loads(out)["success"] is False
+    assert "written without what was refused: case 'b'" in " ".join(err.split())
 
 
 def test_repair_on_a_patched_model_starts_there(fault, capsys, monkeypatch):

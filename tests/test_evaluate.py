@@ -15,8 +15,10 @@ import torch
 from mint.case import Case, Keep
 from mint.errors import CaseError, MintError
 from mint.evaluation import controls, measuring, parallel
-from mint.evaluation.ledger import Ledger, read_rows
+from mint.evaluation.drift import Drift
+from mint.evaluation.ledger import Ledger, latest, read_rows
 from mint.evaluation.measuring import Options, Skipped
+from mint.evaluation.plan import Request
 from mint.evaluation.run import evaluate
 from mint.evaluation.summary import without_time
 from mint.patch import applied, load
@@ -48,8 +50,9 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def run(out, cases=CASES[:4], solvers=("column",), lm=None, **more):
-    return evaluate(lm or tiny_lm("llama"), cases, solvers=solvers, out=out, **(ARGUMENTS | more))
+def run(out, cases=CASES[:4], solvers=("column",), lm=None, say=lambda _: None, **more):
+    request = Request(solvers=solvers, **(ARGUMENTS | more))
+    return evaluate(lm or tiny_lm("llama"), cases, out, request, say=say)
 
 
 BARE = [Case(c.id, c.prompt, c.target) for c in CASES]
@@ -72,7 +75,7 @@ def finished(tmp_path_factory):
     out, lm = tmp_path_factory.mktemp("finished"), tiny_lm("llama")
     before = weights_of(lm)
     solvers = ("column", "matrix", "nothing", "useless")
-    return out, run(out, solvers=solvers, lm=lm, sequential=True), before, lm
+    return out, run(out, solvers=solvers, lm=lm, drift=Drift()), before, lm
 
 
 # ---------------------------------------------------------------------- the contract
@@ -390,13 +393,13 @@ def test_too_long_for_the_context_is_skipped_in_one_line():
 
 
 def test_second_run_does_nothing_and_says_the_same(tmp_path):
-    first = quick(tmp_path, solvers=("column",), sequential=True)
+    first = quick(tmp_path, solvers=("column",), drift=Drift())
     rows = (tmp_path / "results.jsonl").read_bytes()
 
     def never(*_):
         raise AssertionError("a finished case was solved again")
 
-    again = quick(tmp_path, sequential=True, solvers=("column",), registry={"column": never})
+    again = quick(tmp_path, drift=Drift(), solvers=("column",), registry={"column": never})
     assert without_time(again) == without_time(first)
     assert (tmp_path / "results.jsonl").read_bytes() == rows
 
@@ -435,12 +438,14 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from tests.test_evaluate import ARGUMENTS, BARE, QUICK
+from mint.evaluation.drift import Drift
+from mint.evaluation.plan import Request
 from mint.evaluation.run import evaluate
 from mint.model.loading import load_lm
 lm = load_lm(sys.argv[2]) if len(sys.argv) > 2 else __import__("tests.conftest").conftest.tiny_lm("llama")
 lm.name = "tiny"
 arguments = ARGUMENTS | QUICK | {"solvers": ("column", "useless")}
-evaluate(lm, BARE[:5], out=sys.argv[1], sequential=True, say=lambda s: print(s, file=sys.stderr), **arguments)
+evaluate(lm, BARE[:5], sys.argv[1], Request(drift=Drift(), **arguments), say=lambda s: print(s, file=sys.stderr))
 """
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {
@@ -456,7 +461,7 @@ def size_of(folder: Path) -> int:
 
 def test_killed_again_and_again_gives_the_same_summary(tmp_path):
     """kill -9 whenever something new was written, until the run gets through; then compare with an undisturbed run."""
-    whole = quick(tmp_path / "whole", BARE[:5], solvers=("column", "useless"), sequential=True)
+    whole = quick(tmp_path / "whole", BARE[:5], solvers=("column", "useless"), drift=Drift())
     out, kills = tmp_path / "killed", 0
     out.mkdir()
     while True:
@@ -539,3 +544,40 @@ def test_the_page_shows_heat_maps_of_the_first_cases(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert text.count('<div class="heat">') == 1
     assert "Effect of each feed-forward block" in text
+
+
+def test_an_old_error_never_wins_over_a_later_success(tmp_path):
+    """Whatever the order in which files are read: a success in one process's part stands before an error in another's."""
+    good, bad = {"key": "k", "status": "measured"}, {"key": "k", "status": "error"}
+    assert latest([good, bad]) == latest([bad, good]) == {"k": good}
+    assert latest([bad, bad | {"n": 2}]) == {"k": bad | {"n": 2}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(good) + "\n")
+    own = tmp_path / "results.0.jsonl"
+    own.write_text(json.dumps(bad) + "\n")
+    assert Ledger(own, [tmp_path / "results.jsonl"]).rows["k"] == good
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.setattr("mint.patch.edit.__version__", "0.0.0"),
+        lambda m: m.setattr("mint.evaluation.plan.reference_digest", lambda extra: "other text"),
+    ],
+)
+def test_another_mint_or_other_reference_text_is_measured_anew(tmp_path, monkeypatch, change):
+    quick(tmp_path, BARE[:1])
+    before = len(read_rows(tmp_path / "results.jsonl"))
+    quick(tmp_path, BARE[:1])
+    assert len(read_rows(tmp_path / "results.jsonl")) == before
+    change(monkeypatch)
+    quick(tmp_path, BARE[:1])
+    assert len(read_rows(tmp_path / "results.jsonl")) == 2 * before
+
+
+def test_the_same_reference_text_in_another_place_is_the_same(tmp_path):
+    rows = []
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("def f(): return 1\n")
+        quick(tmp_path, BARE[:1], settings=Settings(reference=(str(tmp_path / name),)))
+        rows.append(len(read_rows(tmp_path / "results.jsonl")))
+    assert rows[0] == rows[1]

@@ -212,6 +212,94 @@ def test_writing_outside_the_working_folder_is_refused(tmp_path):
     assert run_python("open('own', 'w').write('x'); import os; os.remove('own')").passed
 
 
+PROGRAMS_THAT_WRITE = {
+    "sqlite": "import sqlite3; sqlite3.connect({0!r}).execute('create table t (x)')",
+    "attach": "import sqlite3; c = sqlite3.connect(':memory:'); c.execute('attach ? as o', ({0!r},));"
+    " c.execute('create table o.t (x)')",
+    "mknod": "import os; os.mknod({0!r})",
+    "mkfifo": "import os; os.mkfifo({0!r})",
+    "posix": "import posix; posix.mkfifo({0!r})",
+    "gdbm": "import dbm.gnu; dbm.gnu.open({0!r}, 'c')",
+    "ndbm": "import dbm.ndbm; dbm.ndbm.open({0!r}, 'c')",
+}
+
+
+@pytest.mark.parametrize("confined", [True, False])
+@pytest.mark.parametrize("name", PROGRAMS_THAT_WRITE)
+def test_no_library_writes_outside_the_working_folder(tmp_path, monkeypatch, name, confined):
+    """With Landlock, whoever opens the file; without, what writes behind the audit hooks is refused as a whole."""
+    if confined and not sandbox.landlock():
+        pytest.skip("no Landlock here")
+    if not confined:
+        monkeypatch.setattr(sandbox, "_CHILD", without_landlock(tmp_path))
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    found = run_python(PROGRAMS_THAT_WRITE[name].format(str(folder / "new")))
+    assert not found.passed and os.listdir(folder) == [], found
+
+
+def without_landlock(tmp_path):
+    """The child as it runs where the kernel has no Landlock."""
+    text = sandbox._CHILD.read_text().replace(
+        "_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444",
+        "_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 1444",
+    )
+    copy = tmp_path / "child.py"
+    copy.write_text(text)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "import os; os.setxattr({0!r}, 'user.x', b'1')",
+        "import os; os.setxattr(os.open({0!r}, os.O_RDONLY), 'user.x', b'1')",
+        "import os; os.chmod({0!r}, 0)",
+        "import os; os.fchmod(os.open({0!r}, os.O_RDONLY), 0)",
+        "import os; os.chmod({2!r}, 0, dir_fd=os.open({1!r}, os.O_RDONLY))",
+        "import os; os.utime({2!r}, (0, 0), dir_fd=os.open({1!r}, os.O_RDONLY))",
+        "import os; os.remove({2!r}, dir_fd=os.open({1!r}, os.O_RDONLY))",
+    ],
+)
+def test_attributes_of_files_outside_stay(tmp_path, attack):
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    before = victim.stat()
+    found = run_python(attack.format(str(victim), str(tmp_path), victim.name))
+    assert found.detail.startswith("blocked"), found
+    after = victim.stat()
+    assert (before.st_mode, before.st_mtime, before.st_ctime) == (
+        after.st_mode,
+        after.st_mtime,
+        after.st_ctime,
+    )
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_files_inside_the_working_folder_are_a_programs_own(tmp_path, monkeypatch, confined):
+    program = (
+        "import os\nos.mkdir('a'); open('a/x', 'w').write('1'); os.rename('a/x', 'y'); os.chmod('y', 0o600)\n"
+    )
+    program += (
+        "assert open('y').read() == '1'; os.remove('y'); os.rmdir('a'); open('/dev/null', 'w').write('x')\n"
+    )
+    if not confined:
+        monkeypatch.setattr(sandbox, "_CHILD", without_landlock(tmp_path))
+    elif sandbox.landlock():
+        program += "import sqlite3; sqlite3.connect('own.db').execute('create table t (x)'); os.mkfifo('f')\n"
+    assert run_python(program).passed
+
+
+def test_the_sandbox_says_what_it_cannot_do(monkeypatch):
+    monkeypatch.setattr(sandbox, "landlock", lambda: 0)
+    assert "no Landlock in the kernel" in sandbox.weakness()
+    monkeypatch.setattr(sandbox, "landlock", lambda: 3)
+    monkeypatch.setattr(sandbox, "isolation", lambda: ())
+    assert "no namespaces" in sandbox.weakness() and "Landlock" not in sandbox.weakness()
+    monkeypatch.setattr(sandbox, "isolation", lambda: ("unshare",))
+    assert sandbox.weakness() is None
+
+
 def test_a_forged_verdict_does_not_pass():
     # The program sees /dev/null as its output and does not know the word that marks a verdict.
     assert not run_python("import os; os.write(1, b'passed\\n'); os._exit(0)").passed

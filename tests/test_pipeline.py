@@ -370,3 +370,29 @@ def test_a_repair_reports_contexts_wordings_and_near_misses():
         repair(lm, cases, WISHES, lambda *_: Solution("fake", P.compose(patches))), None
     )
     assert without["contexts"] is None and without["near_misses"] is None
+
+
+def test_reference_text_is_not_measured_on_and_not_copied_into_the_patch(fault, tmp_path):
+    lm, case, undo = fault
+    own = tmp_path / "private" / "own.txt"
+    own.parent.mkdir()
+    own.write_text("ghp_secret = 'a word that stands nowhere else'\n" * 3)
+    plain = repair(lm, [case], WISHES, undoing(undo))
+    outcome = repair(lm, [case], replace(WISHES, settings=Settings(reference=(str(own),))), undoing(undo))
+    assert outcome.specificity.tokens == plain.specificity.tokens
+    raw = P.to_bytes(outcome.patch)
+    assert b"secret" not in raw and b"nowhere else" not in raw and str(tmp_path).encode() not in raw
+    (recorded,) = outcome.patch.info["settings"]["reference"]
+    assert recorded["name"] == "own.txt" and len(recorded["sha256"]) == 64
+
+
+def test_a_patch_names_mint_and_the_reference_text(fault, tmp_path):
+    import mint
+
+    lm, case, undo = fault
+    own = tmp_path / "own.txt"
+    own.write_text("def f(): return 1\n")
+    one = repair(lm, [case], WISHES, undoing(undo)).patch
+    assert one.info["versions"]["mint"] == mint.__version__ and len(one.info["reference"]) == 64
+    other = repair(lm, [case], replace(WISHES, settings=Settings(reference=(str(own),))), undoing(undo)).patch
+    assert other.info["reference"] != one.info["reference"]

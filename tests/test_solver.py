@@ -401,3 +401,22 @@ def test_a_prompt_that_ends_in_code_has_no_variants():
 def test_a_value_edit_for_a_single_wrong_token_leaves_the_rows_alone(lm):
     edit = make_edit(lm, 1, 2, {"out": torch.ones(32)})
     assert edit.kind == "value" and set(edit.after) == {"out"}
+
+
+def test_a_gate_opens_where_the_level_is_negative():
+    """The sign belongs to the other row: a position that needs a negative activation is answered behind rephrasings too."""
+    inputs, back = _inputs(width=64)
+    silu = torch.nn.functional.silu
+    direction = torch.randn(64)
+    like = inputs.fire[:1] + 0.3 * direction / direction.norm()
+    answers = {}
+    for level in (0.8, -0.8):
+        one = replace(
+            inputs, fire=inputs.fire[:1], level=torch.tensor([level]), like=like, like_level=torch.tensor([level]),
+            like_weight=torch.tensor([1.0]),
+        )  # fmt: skip
+        rows = fit_rows(one, back, silu, gated=True)
+        assert float(like[0] @ rows.gate) > 0, "the gate is open"
+        answers[level] = float(rows.respond(like, silu)[0])
+    assert answers[0.8] > 0.4
+    assert answers[-0.8] == pytest.approx(-answers[0.8], rel=1e-3)

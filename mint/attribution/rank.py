@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from mint.attribution import methods
@@ -402,24 +403,19 @@ def logit_lens(lm: LM, rows: Sequence[dict], count: int = 5) -> list[tuple[list[
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
     """Rank correlation (ties share their mean rank); None where one side is constant or there are fewer than 3."""
-    if len(a) < 3:
-        return None
-    return pearson(_ranks(a), _ranks(b))
-
-
-def _ranks(x: Tensor) -> Tensor:
-    _, place, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[place]
+    return _correlation(spearmanr, a, b)
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:
     """Linear correlation; None where one side is constant or there are fewer than 3."""
-    if len(a) < 3:
+    return _correlation(pearsonr, a, b)
+
+
+def _correlation(of: Callable, a: Tensor, b: Tensor) -> float | None:
+    x, y = a.cpu().double().numpy(), b.cpu().double().numpy()
+    if len(x) < 3 or (x == x[0]).all() or (y == y[0]).all():
         return None
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    scale = float(a.norm() * b.norm())
-    return float(a @ b) / scale if scale > 0 else None
+    return float(of(x, y).statistic)
 
 
 def sign_agreement(a: Tensor, b: Tensor) -> float:
@@ -436,8 +432,9 @@ def recall_at(estimate: Tensor, exact: Tensor, k: int) -> float:
 def _agreement(flat: _Flat) -> dict:
     """Estimate against exact effect over all neurons patched exactly, and a bound on what screening missed.
 
-    recall_at_10: share of the ten guiltiest of all neurons patched exactly (the random sample included) that the
-    screen sent to the exact check; recall_at_10_unchecked: the same for the estimate's own first ten.
+    recall_at_10: share of the ten guiltiest by exact effect that are among the estimate's own first ten; None where no
+    more than ten were patched exactly, since it could not fail. screen_recall_at_10: share of them that the screen sent to
+    the exact check; None where nothing else was patched.
     """
     at = flat.checked
     if not len(at):
@@ -446,14 +443,15 @@ def _agreement(flat: _Flat) -> dict:
     sent = set(screened(flat.estimate, flat.share, 128)) if not flat.tail else None
     best = at[exact.argsort()[:10]].tolist()
     found = [p in sent if sent is not None else p not in set(flat.tail) for p in best]
+    all_sent = sent is not None and sent >= set(at.tolist())
     deviation = (estimate - exact).abs()
     worst = int(at[deviation.argmax()])
-    slope = float(estimate.double() @ exact.double()) / max(float(estimate.double().square().sum()), 1e-30)
+    slope = float(estimate @ exact) / max(float(estimate.square().sum()), 1e-30)
     return {
         "spearman": spearman(estimate, exact),
         "sign": sign_agreement(estimate, exact),
-        "recall_at_10": sum(found) / len(found),
-        "recall_at_10_unchecked": recall_at(estimate, exact, 10),
+        "recall_at_10": recall_at(estimate, exact, 10) if len(at) > 10 else None,
+        "screen_recall_at_10": None if all_sent else sum(found) / len(found),
         "pearson": pearson(estimate, exact),
         "slope": slope,
         "worst_miss": dict(zip(("layer", "index"), flat.neuron(worst), strict=True))

@@ -126,12 +126,13 @@ def evaluate(
         from mint.case import load_cases
         from mint.evaluation import measuring, parallel, run
         from mint.evaluation.drift import Drift
+        from mint.evaluation.plan import Request, named_solvers
         from mint.measure import judges
         from mint.solver.problem import Settings
 
         wanted, skipped = measuring.read_cases(cases)
         skipped = [*skipped, *measuring.read_skipped(cases.with_name(f"{cases.stem}.skipped.jsonl"))]
-        run.named_solvers(solver or ["mint"])
+        named_solvers(solver or ["mint"])
         other_cases = None if others is None else load_cases(others)
         code = None if not heldout else [_text(p) for p in heldout]
         known_tests = judges.load_tests_beside(cases) if tests is None else judges.load_tests(tests)
@@ -143,12 +144,8 @@ def evaluate(
         team = parallel.team()
         if not team.main:
             console.note(f"process {team.index + 1} of {team.size}")
-        lm, _ = o.load(model, parallel.device(device), dtype, revision, chat, system, say=say)
-        result = run.evaluate(
-            lm,
-            wanted,
+        request = Request(
             solvers=solver or ["mint"],
-            out=out,
             settings=Settings(
                 max_neurons=max_neurons,
                 margin=margin,
@@ -157,13 +154,6 @@ def evaluate(
                 learn_rephrasings=learn_rephrasings,
                 reference=tuple(map(str, reference or [])),
             ),
-            seed=seed,
-            limit=limit,
-            sequential=sequential,
-            others=other_cases,
-            heldout=code,
-            tests=known_tests,
-            skipped=skipped,
             options=measuring.Options(
                 stop=stop,
                 neighbours=neighbours,
@@ -172,12 +162,19 @@ def evaluate(
                 judges=judge,
                 contexts=contexts,
             ),
-            drift=drift,
+            drift=drift if sequential else None,
+            seed=seed,
+            limit=limit,
+            others=other_cases,
+            heldout=code,
+            tests=known_tests,
+            skipped=skipped,
             save_patches=patches,
             retry_errors=retry_errors,
-            progress=team.main and console.stderr().is_terminal,
-            say=console.note if team.main and not as_json else say,
         )
+        lm, _ = o.load(model, parallel.device(device), dtype, revision, chat, system, say=say)
+        bar, told = team.main and console.stderr().is_terminal, team.main and not as_json
+        result = run.evaluate(lm, wanted, out, request, progress=bar, say=console.note if told else say)
     if not team.main:
         return 0
     if as_json:

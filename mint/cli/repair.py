@@ -96,7 +96,10 @@ def repair(
     ] = True,
     partial: Annotated[
         bool,
-        typer.Option("--partial", help="With several cases: write the patch although some were refused."),
+        typer.Option(
+            "--partial",
+            help="With several cases: write the patch although some were refused, and exit with 0.",
+        ),
     ] = False,
     patch: o.Patches = None,
     stop: o.Stop = "auto",
@@ -226,7 +229,9 @@ def repair(
         console.print_json(result)
     else:
         _show(outcome, result)
-    if not outcome.success:
+    if written is not None and not outcome.success:
+        console.note(f"written without what was refused: {outcome.reason}", "yellow")
+    elif not outcome.success:
         raise NoRepair(f"no acceptable repair: {outcome.reason}")
     return 0
 

@@ -1,6 +1,7 @@
 """The append-only file of results: one JSON object a line, on disk before the next begins. Survives a kill at any byte.
 
-Knows nothing about what the rows mean, only that each has a `key`.
+Knows nothing about what the rows mean, only that each has a `key`, and that one whose `status` is `error` stands for
+nothing better.
 """
 
 import json
@@ -30,6 +31,16 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
+def latest(rows: Iterable[dict]) -> dict[str, dict]:
+    """Rows by key: of several the last, but a row that ended in an error never stands before one that did not."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        known = found.get(row["key"])
+        if known is None or row.get("status") != "error" or known.get("status") == "error":
+            found[row["key"]] = row
+    return found
+
+
 class Ledger:
     """Rows by key. `append` returns when the row is on disk; a key that is there already is not written again."""
 
@@ -37,13 +48,13 @@ class Ledger:
         """path: the file to append to. also: files whose rows count as done too (other processes' parts)."""
         self.path = Path(path)
         self._own = {row["key"] for row in read_rows(self.path)}
-        self.rows = {row["key"]: row for file in [*also, self.path] for row in read_rows(file)}
+        self.rows = latest(row for file in [*also, self.path] for row in read_rows(file))
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Let these rows be written again; of several rows with one key, the last in the file counts."""
+        """Let these rows be written again; which of several with one key counts, `latest` says."""
         for key in list(keys):
             self.rows.pop(key, None)
             self._own.discard(key)

@@ -379,7 +379,7 @@ def describe_change(change: Change | None) -> dict:
 
 
 def _norm(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    return sum((a.float() - b.float()).square().sum(dtype=torch.float64).item() for b, a in pairs) ** 0.5
+    return sum((a.float() - b.float()).cpu().double().square().sum().item() for b, a in pairs) ** 0.5
 
 
 # ---------------------------------------------------------------------- identity

@@ -4,11 +4,10 @@ Knows the files of an evaluation (`results.jsonl`, `summary.json`, `summary.md`,
 row holds is `measuring`'s affair, what the summary says is `summary`'s.
 """
 
-import hashlib
 import json
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mint.attribution import attribute, plots
@@ -18,166 +17,61 @@ from mint.evaluation import controls as controls_module
 from mint.evaluation import drift as drift_module
 from mint.evaluation import measuring, parallel, summary
 from mint.evaluation import page as report
-from mint.evaluation.controls import NO_EDIT, Control
+from mint.evaluation.controls import Control
 from mint.evaluation.drift import Drift, InARow
-from mint.evaluation.ledger import Ledger
-from mint.evaluation.measuring import Clean, Options, Skipped, Yardstick
+from mint.evaluation.ledger import Ledger, latest
+from mint.evaluation.measuring import Clean
+from mint.evaluation.plan import Plan, Request, make
 from mint.evaluation.progress import progress_bar
 from mint.files import jsonable, write_file
+from mint.measure import sandbox
 from mint.model.lm import LM
 from mint.patch import Patch, identity, save, versions
-from mint.solver import SOLVERS, named
-from mint.solver.problem import Settings, Solution, Solver
-
-_FORMAT = 2
-"""Part of every key: raised when a row's meaning changes, so that old rows are not taken for new ones."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One evaluation, decided before the first repair."""
-
-    chosen: list[Case]
-    solvers: dict[str, Solver]
-    controls: dict[str, Control]
-    settings: Settings
-    stick: Yardstick
-    out: Path
-    key: str
-    """Digest of the model, the settings, the options and the texts measured on."""
-    clean_weights: str
-    save_patches: bool = True
-
-    def row_key(self, case: Case, name: str) -> str:
-        """Key of a row; a control's depends on the solver that it imitates."""
-        base = next(iter(self.solvers)) if name in self.controls and name != NO_EDIT else None
-        return measuring.digest([self.key, measuring.case_digest(case), name, base])
+from mint.solver.problem import Solution, Solver
 
 
 def evaluate(
     lm: LM,
     cases: Sequence[Case],
-    *,
-    solvers: Sequence[str] = ("mint",),
     out: str | Path,
-    settings: Settings | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    sequential: bool = False,
-    others: Sequence[Case] | None = None,
-    heldout: Sequence[str] | None = None,
-    tests: Mapping[str, dict] | None = None,
-    skipped: Sequence[Skipped] = (),
-    options: Options | None = None,
-    drift: Drift | None = None,
-    registry: Mapping[str, Solver] | None = None,
-    controls: Mapping[str, Control] | None = None,
-    save_patches: bool = True,
-    retry_errors: bool = False,
-    page: bool = True,
-    heat_maps: int = 3,
+    request: Request | None = None,
+    *,
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict:
     """Evaluate solvers on cases; returns the summary that it also writes to `out/summary.json`.
 
-    cases: all cases of the file; neighbours are drawn from them, whatever `limit` says. limit: how many to repair, drawn
-    with `seed` (None: all). sequential: also all of them in a row on one model. others: cases of other tasks to measure
-    side effects on (None: the lines that ship). heldout: ordinary code (None: what ships). tests: by case id, for tasks
-    judged by running. skipped: rows of the input that did not become cases, to be counted. registry: solvers by name
-    (None: `mint.solver.SOLVERS`). controls: by name (None: all that are installed). retry_errors: run rows again that ended in an error. progress: a bar on stderr. heat_maps: how many
-    cases at the head of the page get an attribution heat map, seconds each on a small model.
+    cases: all cases of the file; neighbours are drawn from them, whatever `request.limit` says. progress: a bar on stderr.
 
     A second call with the same arguments continues where the first stopped, and ends with the same summary, times
     aside. The model is left bit for bit as it came. Raises `MintError` for an unknown solver, for no usable case, and
     where a solver leaves the model changed.
     """
-    options, drift = options or Options(), drift or Drift()
-    settings = replace(settings or Settings(), seed=seed)
+    request = request or Request()
     team = parallel.team()
-    chosen_solvers = named_solvers(solvers, registry)
-    plan, dropped = _plan(
-        lm, cases, chosen_solvers, dict(controls_module.installed() if controls is None else controls), Path(out),
-        settings, options, seed, limit, others, heldout, tests, save_patches,
-    )  # fmt: skip
-    dropped = [*skipped, *dropped]
+    plan, dropped = make(lm, cases, out, request)
+    dropped = [*request.skipped, *dropped]
     for row in dropped if team.main else []:
         say(f"skipped {row.where}: {row.reason}")
+    if team.main and _runs_programs(request) and (weak := sandbox.weakness()):
+        say(weak)
     own = plan.out / ("results.jsonl" if team.size == 1 else f"results.{team.index}.jsonl")
     ledger = Ledger(own, sorted(plan.out.glob("results*.jsonl")))
-    if retry_errors:
+    if request.retry_errors:
         ledger.forget([k for k, r in ledger.rows.items() if r["status"] == "error"])
     _run_cases(lm, plan, ledger, team, progress, say)
-    drifts = _run_drifts(lm, plan, drift, team, progress, say) if sequential else {}
+    drifts = _run_drifts(lm, plan, request.drift, team, progress, say) if request.drift else {}
     rows = _merge(plan, ledger, team)
     result = None
     if team.main:
-        result = _summary(lm, plan, rows, drifts, dropped, len(cases), limit, drift if sequential else None)
-        pictures = _heat_maps(lm, plan.chosen[:heat_maps], say) if page else {}
-        _write(plan, result, rows, pictures if page else None, say)
+        result = _summary(lm, plan, rows, drifts, dropped, len(cases), request)
+        pictures = _heat_maps(lm, plan.chosen[: request.heat_maps], say) if request.page else {}
+        _write(plan, result, rows, pictures if request.page else None, say)
     return team.share_result(result)
 
 
-def named_solvers(names: Sequence[str], registry: Mapping[str, Solver] | None = None) -> dict[str, Solver]:
-    """Solvers by name, in the order asked for. Raises `MintError` for an unknown name, with the known ones."""
-    if not names:
-        raise MintError(f"name at least one solver; known are {', '.join(registry or SOLVERS)}")
-    if registry is None:
-        return {name: named(name) for name in dict.fromkeys(names)}
-    for name in names:
-        if name not in registry:
-            raise MintError(f"unknown solver '{name}'; known are {', '.join(registry)}")
-    return {name: registry[name] for name in dict.fromkeys(names)}
-
-
-# ---------------------------------------------------------------------- plan
-
-
-def _plan(
-    lm, cases, solvers, controls, out, settings, options, seed, limit, others, heldout, tests, save_patches
-) -> tuple[Plan, list[Skipped]]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MintError(f"{out}: cannot be made ({error.strerror}); give another --out folder") from None
-    if not cases:
-        raise MintError("expected at least one case to evaluate, found none; give a file of cases")
-    encoded, dropped = measuring.usable(lm, cases, options)
-    first = {c.id: c for c in reversed(cases)}
-    good = [first[i] for i in encoded]
-    if not good:
-        raise MintError(
-            f"no usable case among {len(cases)}; the first: {dropped[0].where}: {dropped[0].reason}"
-        )
-    stick = measuring.yardstick(
-        lm, good, encoded, others=others, code=heldout, options=options, seed=seed, tests=tests
-    )
-    weights = measuring.weights_digest(lm)
-    key = measuring.digest(
-        {
-            "format": _FORMAT,
-            "model": [weights, lm.tokenizer_hash, str(lm.dtype), repr(lm.template)],
-            "settings": asdict(settings),
-            "reference": [_content(path) for path in settings.reference],
-            "options": asdict(options),
-            "seed": seed,
-            "pool": [measuring.case_digest(c) for c in good],
-            "others": [s for s in (stick.other_tasks.sequences if stick.other_tasks else ())],
-            "ordinary": [s for s in (stick.ordinary.sequences if stick.ordinary else ())],
-            "tests": tests or {},
-        }
-    )
-    controls = {n: c for n, c in controls.items() if n not in solvers}
-    chosen = measuring.draw(good, limit, seed)
-    return Plan(chosen, solvers, controls, settings, stick, out, key, weights, save_patches), dropped
-
-
-def _content(path: str) -> str | None:
-    """Digest of a file; None where it cannot be read (whoever needs it says so)."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return None
+def _runs_programs(request: Request) -> bool:
+    return bool(request.tests or (request.drift and request.drift.programs))
 
 
 # ---------------------------------------------------------------------- cases
@@ -330,7 +224,7 @@ def _merge(plan: Plan, ledger: Ledger, team: parallel.Team) -> list[dict]:
     wanted = {
         plan.row_key(c, n): i for i, c in enumerate(plan.chosen) for n in [*plan.solvers, *plan.controls]
     }
-    rows = {r["key"]: r for r in team.gather([r for k, r in ledger.rows.items() if k in wanted])}
+    rows = latest(team.gather([r for k, r in ledger.rows.items() if k in wanted]))
     ordered = [rows[k] for k in wanted if k in rows]
     if team.size > 1 and team.main:
         whole = Ledger(plan.out / "results.jsonl")
@@ -339,7 +233,7 @@ def _merge(plan: Plan, ledger: Ledger, team: parallel.Team) -> list[dict]:
     return ordered
 
 
-def _summary(lm, plan, rows, drifts, dropped, found, limit, drift) -> dict:
+def _summary(lm, plan, rows, drifts, dropped, found, request) -> dict:
     def of(name: str) -> dict:
         return summary.solver_summary([r for r in rows if r["solver"] == name])
 
@@ -360,7 +254,7 @@ def _summary(lm, plan, rows, drifts, dropped, found, limit, drift) -> dict:
         "controls_missing": missing,
         "cases": len(plan.chosen),
         "cases_found": found,
-        "limit": limit,
+        "limit": request.limit,
         "seed": plan.settings.seed,
         "skipped": {"count": len(dropped), "rows": [asdict(s) for s in dropped]},
         "errors": [
@@ -371,7 +265,7 @@ def _summary(lm, plan, rows, drifts, dropped, found, limit, drift) -> dict:
         "model": identity(lm),
         "settings": jsonable(asdict(plan.settings)),
         "options": asdict(plan.stick.options),
-        "drift_options": jsonable(asdict(drift)) if drift else None,
+        "drift_options": jsonable(asdict(request.drift)) if request.drift else None,
         "key": plan.key,
         "versions": versions(),
     }

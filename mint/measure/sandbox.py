@@ -6,7 +6,9 @@ Covered
     wall-clock time (the whole process group is killed), CPU time, address space, size of each file written,
     number of open files; standard input is empty and all output is thrown away; a temporary working folder,
     removed afterwards; an empty environment. Python's audit hooks refuse sockets, new processes, signals to
-    others, ctypes, and writing, moving or deleting outside the working folder. Where the system's `unshare`
+    others, ctypes, and writing, moving, deleting or changing attributes outside the working folder. Where the
+    kernel has Landlock it refuses the same writes whoever makes them (SQLite, mknod, mkfifo, native code); where
+    it has not, the modules that write behind the hooks are refused instead, and `weakness` says so. Where the system's `unshare`
     may make namespaces, the program also runs without any network interface and in a process namespace of its
     own, which takes every descendant with it when it ends. A program that leaves early (`sys.exit`,
     `os._exit`) before its checks ran does not pass.
@@ -56,6 +58,33 @@ def isolation() -> tuple[str, ...]:
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return prefix if trial.returncode == 0 else ()
+
+
+@cache
+def landlock() -> int:
+    """Version of Landlock that the kernel offers to keep writes inside the working folder; 0 for none."""
+    try:
+        probe = [sys.executable, "-I", "-B", str(_CHILD), "--probe"]
+        return int(
+            subprocess.run(probe, capture_output=True, timeout=60, stdin=subprocess.DEVNULL).stdout or 0
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return 0
+
+
+def weakness() -> str | None:
+    """What this system's sandbox cannot do, one line for the user; None where everything is in place."""
+    missing = []
+    if not landlock():
+        missing.append("writes outside the working folder (no Landlock in the kernel)")
+    if not isolation():
+        missing.append("the network and left-over processes (no namespaces)")
+    if not missing:
+        return None
+    return (
+        f"programs are judged behind Python's audit hooks alone for {' and '.join(missing)}; run untrusted models in a"
+        " container or a virtual machine"
+    )
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -20,7 +20,7 @@ _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 """Kinds of cache layers that hold keys and values and nothing else."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class States:
     """What entered the decoder layers in one forward."""
 
@@ -43,7 +43,7 @@ def record_states(lm: LM, layers: Sequence[int]) -> Iterator[States]:
         return hook
 
     def leave(_module, _args, output):
-        object.__setattr__(states, "as_tuple", len(output) if isinstance(output, tuple) else 0)
+        states.as_tuple = len(output) if isinstance(output, tuple) else 0
 
     with ExitStack() as stack:
         for layer in layers:

@@ -7,12 +7,13 @@ from mint.reference.moments import (
     statistics,
     store_tensors,
 )
-from mint.reference.texts import WINDOW, passages, reference_lines, reference_texts
+from mint.reference.texts import WINDOW, passages, reference_digest, reference_lines, reference_texts
 
 __all__ = [
     "WINDOW",
     "Statistics",
     "passages",
+    "reference_digest",
     "reference_key",
     "reference_lines",
     "reference_texts",

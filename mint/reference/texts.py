@@ -1,5 +1,6 @@
 """The reference text: what ships, what the user adds, and its cut into passages. Knows nothing about statistics."""
 
+import hashlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -30,6 +31,11 @@ def reference_texts(extra: Sequence[str | Path] = ()) -> list[str]:
             ) from None
     passages = [p.strip("\n") + "\n" for text in texts for p in ("\n" + text + "\n").split("\n---\n")]
     return [p for p in passages if p.strip()]
+
+
+def reference_digest(extra: Sequence[str | Path] = ()) -> str:
+    """SHA-256 of the reference text, what ships and the user's own files: other text, other repairs."""
+    return hashlib.sha256("\0".join(reference_texts(extra)).encode()).hexdigest()
 
 
 def reference_lines() -> list[str]:

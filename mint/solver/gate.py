@@ -134,11 +134,9 @@ def fit_rows(
     pool = torch.cat([background.sample.float(), inputs.unlike.float()])
     for round_ in range(rounds + 1):
         solve = _solver(base + (hard.T * hard_weight) @ hard)
-        gate_right = (
-            (like_weight * (torch.sign(like_level) - gate_bias)) @ x["like"]
-            + silent
-            - silence * (hard_weight @ hard)
-        )
+        # A gated neuron opens for negative levels too, its other row gives the sign; a plain one cannot write them.
+        opens = (like_level != 0).double() if gated else torch.sign(like_level)
+        gate_right = (like_weight * (opens - gate_bias)) @ x["like"] + silent - silence * (hard_weight @ hard)
         if gated:
             gate = _exact(solve, gate_right, x["fire"], torch.ones(len(level)).double() - gate_bias)
             up_points, up_values = (

@@ -15,13 +15,13 @@ def smallest(jacobian: Tensor, need: Tensor, bound: Tensor | float = HARD) -> tu
     jacobian: [constraints, d]; need: [constraints]; bound: most that one unit of violation may cost, per constraint.
     The dual has one unknown in [0, bound] a constraint: max need'y - y'(JJ')y/2, v = J'y.
     """
-    j = jacobian.double().cpu().numpy()
+    j = jacobian.cpu().double().numpy()
     gram = j @ j.T
     m = len(gram)
     gram += 1e-9 * (np.trace(gram) / m + 1e-12) * np.eye(m)
     upper = np.broadcast_to(np.asarray(bound, dtype=float), (m,)).copy()
     y, _, flag, _ = daqp.solve(
-        gram, -need.double().cpu().numpy(), np.zeros((0, m)), upper, np.zeros(m), np.zeros(m, dtype=np.int32)
+        gram, -need.cpu().double().numpy(), np.zeros((0, m)), upper, np.zeros(m), np.zeros(m, dtype=np.int32)
     )
     if flag < 1:
         y = np.zeros(m)

@@ -64,14 +64,17 @@ def semantic_rows(lm: LM, tokens: Sequence[int]) -> Tensor:
     weight = head.weight.detach()
     inverse = _INVERSES.get(head)
     if inverse is None:
-        gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+        gram = torch.zeros(
+            weight.shape[1], weight.shape[1], dtype=torch.float64
+        )  # on the CPU: not every device has it
         for rows in weight.split(4096):
-            gram += rows.double().T @ rows.double()
+            rows = rows.cpu().double()
+            gram += rows.T @ rows
         factor, failed = torch.linalg.cholesky_ex(gram)
         # Fewer tokens than dimensions, or dependent ones: the pseudo-inverse proper.
         inverse = torch.linalg.pinv(gram, hermitian=True) if failed else torch.cholesky_inverse(factor)
         _INVERSES[head] = inverse
-    return (weight[list(tokens)].double() @ inverse).float()
+    return (weight[list(tokens)].cpu().double() @ inverse).float().to(weight.device)
 
 
 def fits(lm: LM) -> bool:
