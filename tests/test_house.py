@@ -14,18 +14,23 @@ ORDER = [
     {"console", "fromdiff", "prompts"},
     {"model"},
     {"patch"},
-    {"reference"},
+    {"bank", "reference"},
     {"attribution", "guards", "measure"},
     {"solver"},
     {"session"},
-    {"rules"},
     {"evaluation"},
+    {"rules"},
     {"cli"},
 ]
 """Rooms of `mint`, lowest first: a module imports from its own room and from those above it in this list, no other."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-LONG_CALLS = {"mint.attribution.rank.attribute", "mint.cli.options.load"}
-"""Functions with more parameters than the rest: keywords of a public name, options of the command line."""
+LONG_CALLS = {
+    "mint.attribution.rank.attribute",
+    "mint.cli.options.load",
+    "mint.rules.neuron.read_layer",
+    "mint.solver.gate.fit_rows",
+}
+"""Functions with more parameters than the rest: keywords of a public name, options of the command line, knobs of a fit."""
 ON_THE_CPU = {"mint/solver/gate.py", "mint/rules/gate.py"}
 """Modules whose tensors are all on the CPU: float64 is no question there."""
 
