@@ -42,7 +42,7 @@ def fault(broken, monkeypatch, tmp_path):
     monkeypatch.setattr("mint.solver.named", lambda name: solver)
     monkeypatch.setattr("mint.cli.parts.quick_attribution", lambda wishes: None)
     monkeypatch.setattr("mint.cli.parts.cause_or_carrier", lambda: None)
-    monkeypatch.setattr("mint.cli.parts.preparation", lambda wishes, say: None)
+    monkeypatch.setattr("mint.cli.parts.preparation", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return folder, case
 
