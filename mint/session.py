@@ -5,7 +5,6 @@ kept only if the changed model really wrote what was asked for and everything gu
 case here, a rule in `mint.rules`. Knows nothing about files or the command line.
 """
 
-import copy
 import hashlib
 import json
 import time
@@ -28,6 +27,7 @@ from mint.measure.specificity import Specificity
 from mint.model.lm import LM, Encoded
 from mint.model.loading import DTYPES
 from mint.model.margins import margins
+from mint.model.precision import in_dtype
 from mint.patch import Patch, compose, versions
 from mint.patch.names import describe
 from mint.reference import reference_digest
@@ -564,7 +564,8 @@ def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
     if written != problem.case.target:
         raise Refused(f"the edited model writes {_short(written)} instead of {_short(problem.case.target)}")
     for name in wishes.verify_dtypes:
-        other = _in_dtype(lm, name).write(problem.encoded, problem.case)
+        with in_dtype(lm, DTYPES[name]):
+            other = lm.write(problem.encoded, problem.case)
         if other != problem.case.target:
             raise Refused(
                 f"the repair holds in {str(lm.dtype).removeprefix('torch.')}, but in {name} the model writes"
@@ -580,11 +581,6 @@ def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
     with torch.no_grad():
         after = margins(lm, problem.encoded).tolist()
     return {"margins_after": tuple(after), "margin_min": min(after)}
-
-
-def _in_dtype(lm: LM, name: str) -> LM:
-    """A copy of the model in another dtype (twice the memory while it lives)."""
-    return replace(lm, model=copy.deepcopy(lm.model).to(DTYPES[name]), _modules={}, _parameters={})
 
 
 # ---------------------------------------------------------------------- what is checked and measured

@@ -6,6 +6,7 @@ stand-in solver proposes to undo the damage. So the loop is tested without depen
 
 import itertools
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -291,11 +292,14 @@ def test_the_repair_is_verified_in_other_dtypes(fault):
 def test_a_repair_that_fails_in_another_dtype_is_refused(fault, monkeypatch):
     lm, case, undo = fault
 
-    def other(model, name):
-        assert name == "bfloat16"
-        return tiny_lm("llama", seed=9)
+    @contextmanager
+    def other(model, dtype):
+        assert dtype == torch.bfloat16
+        model.write = lambda *_, **__: "something else"
+        yield
+        del model.write
 
-    monkeypatch.setattr("mint.session._in_dtype", other)
+    monkeypatch.setattr("mint.session.in_dtype", other)
     reason = refused(lm, case, undoing(undo), replace(WISHES, verify_dtypes=("bfloat16",)))
     assert "holds in float32, but in bfloat16" in reason
 

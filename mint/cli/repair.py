@@ -184,6 +184,7 @@ def repair(
         from mint.cli import parts
         from mint.evaluation.outcome import outcome_as_dict, repair_page
         from mint.files import write_file
+        from mint.model.precision import is_slow
         from mint.solver.problem import Settings
 
         wishes = session.Wishes(
@@ -208,6 +209,11 @@ def repair(
         prepare = parts.preparation(wishes, say, explained)
         lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say, prepare, adapter)
         wishes = replace(wishes, applied=applied)
+        if is_slow(lm):
+            half = str(lm.dtype).removeprefix("torch.")
+            console.note(
+                f"{half} on a CPU: solved in float32 on the same weights, proved by generating in {half}"
+            )
         outcome = session.repair(
             lm,
             wanted,

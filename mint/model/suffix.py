@@ -96,13 +96,17 @@ def only_tokens(lm: LM, tokens: Tensor) -> Iterator[Tensor]:
     A vocabulary is wide: a few of its rows cost next to nothing. What is no plain linear map stays whole.
     """
     head = lm.module(lm.layout.unembedding)
-    if type(head) is not nn.Linear or "forward" in head.__dict__:
+    if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):  # the latter's weights may lie elsewhere
         yield tokens
         return
     rows, place = tokens.unique(return_inverse=True)
     at = rows.to(head.weight.device)
     weight, bias = head.weight[at], None if head.bias is None else head.bias[at]
-    with forward_replaced(head, lambda x: F.linear(x, weight, bias)):
+
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    with forward_replaced(head, forward):
         yield place
 
 

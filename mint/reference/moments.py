@@ -22,9 +22,10 @@ from mint.files import write_file
 from mint.model.hooks import record, record_block_inputs, stopped_after
 from mint.model.lm import LM
 from mint.model.loading import cache_dir
+from mint.model.precision import fast
 from mint.reference.texts import WINDOW, passages, reference_lines, reference_texts
 
-_VERSION = 6
+_VERSION = 7
 SAMPLE_DEPTHS = (0.8, 0.9, 0.67, 0.5)
 """Layers, as shares of all, in which the solver edits, in the order it tries them."""
 PASSAGE_TOKENS = 3584
@@ -129,7 +130,8 @@ def statistics(
             known.parts |= _read(known.key, missing)
             missing = [part for part in missing if part not in known.parts]
         if missing:
-            found = _measure(lm, _chosen(lm, texts, shipped), missing, say)
+            with fast(lm):
+                found = _measure(lm, _chosen(lm, texts, shipped), missing, say)
             known.parts |= found
             if cache and reference_key(lm, texts) == known.key:
                 _store(known.key, found)

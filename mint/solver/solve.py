@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ from mint.model.experts import focused_for
 from mint.model.hooks import record
 from mint.model.lm import LM
 from mint.model.margins import margins, margins_of
+from mint.model.precision import fast
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, read_neuron, versions
 from mint.reference import Statistics, sample_layers, statistics
 from mint.solver.column import Trial, fit_columns, fit_levels_too, shrink
@@ -547,7 +548,7 @@ def _holds(task: _Task, patch: Patch, details: dict) -> tuple[float, str | None]
 
 def solve_at(lm: LM, problem: Problem, settings: Settings, neurons: Sequence[tuple[int, int]]) -> Solution:
     """Rewrite the given neurons (all of one layer), as few of them as suffice. The solver without its choices."""
-    return _timed(lambda: _solve_given(lm, problem, settings, neurons))
+    return _timed(lm, lambda: _solve_given(lm, problem, settings, neurons))
 
 
 def _solve_given(
@@ -614,7 +615,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     and earlier repairs are protected by silence at their inputs, and looked at again. Raises `MintError` for settings
     that make no sense; otherwise a failure is a `Solution` without a change and with a reason.
     """
-    return _timed(lambda: _solve(_narrowed(lm, problem), problem, settings))
+    return _timed(lm, lambda: _solve(_narrowed(lm, problem), problem, settings))
 
 
 def _narrowed(lm: LM, problem: Problem) -> LM:
@@ -627,9 +628,10 @@ def _narrowed(lm: LM, problem: Problem) -> LM:
     return focused_for(lm, encoded.ids[:-1], wrong or encoded.positions)
 
 
-def _timed(run) -> Solution:
+def _timed(lm: LM, run: Callable[[], Solution]) -> Solution:
     started = time.perf_counter()
-    solution = run()
+    with fast(lm):
+        solution = run()
     return replace(solution, seconds=time.perf_counter() - started)
 
 

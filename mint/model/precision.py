@@ -1,0 +1,96 @@
+"""Compute in another number format than the weights are kept in, without a second copy of the model.
+
+Each module's weights are converted when it runs and given back when it is done, so the peak is one module more. Knows
+nothing about what is computed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mint.model.lm import LM
+from mint.model.suffix import forward_replaced
+
+HALF = (torch.bfloat16, torch.float16)
+_CHUNK = 1 << 24
+"""Weights of a linear map that are converted at a time."""
+_ACTIVE: "WeakKeyDictionary[nn.Module, torch.dtype]" = WeakKeyDictionary()
+
+
+def is_slow(lm: LM) -> bool:
+    """Whether the model keeps its weights in a format that most CPUs compute in slowly, and runs on a CPU."""
+    return lm.dtype in HALF and lm.device.type == "cpu"
+
+
+@contextmanager
+def fast(lm: LM) -> Iterator[None]:
+    """Within: a half-precision model on a CPU computes in float32, on the weights as they are; others as ever."""
+    with in_dtype(lm, torch.float32) if is_slow(lm) else nullcontext():
+        yield
+
+
+@contextmanager
+def in_dtype(lm: LM, dtype: torch.dtype) -> Iterator[None]:
+    """Within: forwards of the model compute as if its weights had been saved as `dtype`. The weights stay as they are.
+
+    Entering again with the same dtype changes nothing; another one, while the first is in force, raises `ValueError`.
+    """
+    active = _ACTIVE.get(lm.model)
+    if active is not None and active != dtype:
+        raise ValueError(f"the model computes in {active} at the moment; leave that before {dtype}")
+    if active == dtype or lm.dtype == dtype:
+        yield
+        return
+    _ACTIVE[lm.model] = dtype
+    try:
+        with ExitStack() as stack:
+            for module in lm.model.modules():
+                if any(p is not None and p.is_floating_point() for p in module._parameters.values()):
+                    _convert(stack, module, dtype)
+            yield
+    finally:
+        del _ACTIVE[lm.model]
+
+
+def _convert(stack: ExitStack, module: nn.Module, dtype: torch.dtype) -> None:
+    """Make one module compute in the dtype until the stack is left."""
+    if type(module) is nn.Embedding:
+        hook = module.register_forward_hook(lambda _module, _args, output: output.to(dtype))
+        stack.callback(hook.remove)
+    elif type(module) is nn.Linear and "forward" not in module.__dict__:
+        stack.enter_context(forward_replaced(module, _linear(module)))
+    else:
+        own: dict[str, Any] = {}
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            for name, p in module._parameters.items():
+                if p is not None and p.is_floating_point():
+                    own[name] = p
+                    module._parameters[name] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            module._parameters.update(own)
+            own.clear()
+
+        # Called also where a forward is cut short.
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+def _linear(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The module's forward with its weights converted, a wide one (an unembedding) a piece at a time."""
+
+    def forward(x: Tensor) -> Tensor:
+        rows = max(1, _CHUNK // module.in_features)
+        bias = [None] * -(-module.out_features // rows)
+        if module.bias is not None:
+            bias = list(module.bias.to(x.dtype).split(rows))
+        parts = [F.linear(x, w.to(x.dtype), b) for w, b in zip(module.weight.split(rows), bias, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    return forward
