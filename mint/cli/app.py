@@ -38,6 +38,8 @@ for group in (repair, rule, inspect, doctor, patches, bank, evaluate, cases):
 
 def run(argv: list[str]) -> int:
     """Run one command. Raises what goes wrong; `mint.cli.main` explains it."""
+    import mint.model  # noqa: F401  # raises where transformers is too old, before that fails in its own words
+
     try:
         code = typer.main.get_command(app).main(args=argv, prog_name="mint", standalone_mode=False)
     except typer.Abort:
