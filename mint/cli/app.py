@@ -2,7 +2,7 @@
 
 import typer
 
-from mint.cli import INTERRUPTED, bank, cases, doctor, evaluate, inspect, patches, repair, rule
+from mint.cli import INTERRUPTED, bank, cases, doctor, evaluate, inspect, patches, rebase, repair, rule
 
 
 def _version(show: bool) -> None:
@@ -32,7 +32,7 @@ def _root(
     pass
 
 
-for group in (repair, rule, inspect, doctor, patches, bank, evaluate, cases):
+for group in (repair, rule, inspect, doctor, patches, bank, rebase, evaluate, cases):
     group.register(app)
 
 

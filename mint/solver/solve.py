@@ -48,7 +48,7 @@ MANY = 20
 """Earlier repairs at which the dial is halved."""
 SPARE = 16
 """How many of them a patch names."""
-IDLE = 48
+IDLE = 96
 """One in so many neurons of a layer counts as idle: the quietest on reference text."""
 HEARD = 0.02
 """Least activation, as a share of that at the fault, for which a kept output or an earlier repair is looked at again."""
