@@ -123,13 +123,15 @@ def suffix_logits(lm: LM, layer: int, hidden: Tensor, as_tuple: int, rows: Tenso
 class KeptLayer(DynamicLayer):
     """Keys and values of one layer's prefix, batch 1, lent to any number of rows; new ones are not kept."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
+    def __init__(self, keys: Tensor, values: Tensor, fixed: bool = False):
         super().__init__()
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.fixed = keys, values, fixed
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
         rows = key_states.shape[0]
+        if self.fixed:
+            key_states, value_states = key_states.detach(), value_states.detach()
         return (
             torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
             torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2),
@@ -163,8 +165,11 @@ def kept_prefix(lm: LM, cache: Cache, length: int) -> list[tuple[Tensor, Tensor]
     return [(k[..., :length, :], v[..., :length, :]) for k, v in pairs]
 
 
-def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache that lends the prefix to any number of rows and keeps nothing new."""
+def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]], fixed: bool = False) -> DynamicCache:
+    """A cache that lends the prefix to any number of rows and keeps nothing new.
+
+    fixed: no gradient flows through the keys and values of new tokens, so each token answers only for itself.
+    """
     cache = DynamicCache()
-    cache.layers = [KeptLayer(keys, values) for keys, values in prefix]
+    cache.layers = [KeptLayer(keys, values, fixed) for keys, values in prefix]
     return cache

@@ -4,12 +4,14 @@ import difflib
 import importlib.util
 
 from mint.errors import MintError
+from mint.solver import in_contexts
 from mint.solver import solve as minimal
 from mint.solver.baselines import finetune, lora, mint_paper, random_controls, rank_one, star
 from mint.solver.problem import Solver
 
 SOLVERS: dict[str, Solver] = {
     "mint": minimal.solve,
+    "contexts": in_contexts.solve,
     "mint-paper": mint_paper.solve,
     "star": star.solve,
     "rank-one": rank_one.solve,
