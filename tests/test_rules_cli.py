@@ -83,6 +83,12 @@ def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path
     assert result["neurons"][0].keys() == {"layer", "index", "kind"}
     assert result["generated_before"].startswith("time()") and result["generated_after"].startswith("perf()")
 
+    code, out, err = run(capsys, "show", "fix.st")
+    shown = (
+        f"rule clock: learnt from {result['learn']['cases']} prompts, {result['unseen']['right_after']} of"
+    )
+    assert code == 0 and shown in out
+
     check = ["rule", "check", "clock.jsonl", "-m", model, "--accept", 0.5, "--json"]
     code, out, err = run(capsys, *check, "--patch", "fix.st")
     assert code == 0 and json.loads(out)["unseen"] == result["unseen"]

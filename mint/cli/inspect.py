@@ -203,12 +203,25 @@ def show(
             fields = (case.get(k) for k in ("id", "prompt", "generated_before", "target"))
             name, asked, before, wanted = (console.visible(str(f)) for f in fields)
             out(f"case {name}: behind {asked!r} it wrote {before!r} and now writes {wanted!r}\n")
+    for rule in loaded.info.get("rules") or []:
+        if isinstance(rule, dict):
+            out(_rule_line(rule))
     measured = loaded.info.get("measured")
     if isinstance(measured, dict):
         kept, kl = measured.get("argmax_unchanged"), measured.get("kl_mean")
         if isinstance(kept, float) and isinstance(kl, float):
             out(f"elsewhere: {kept:.2%} of next tokens unchanged, mean KL {kl:.2g}\n")
     return 0
+
+
+def _rule_line(rule: dict) -> str:
+    """What a patch's header says of a rule that it repairs, on one line."""
+    name, learn, figures = (rule.get(k) for k in ("name", "learn", "figures"))
+    text = f"rule {console.visible(str(name))}: learnt from {len(learn) if isinstance(learn, list) else '?'} prompts"
+    unseen = figures.get("unseen") if isinstance(figures, dict) else None
+    if isinstance(unseen, dict):
+        text += f", {unseen.get('right_after')} of {unseen.get('cases')} unseen prompts right"
+    return text + "\n"
 
 
 def _norm(weights: dict) -> float:
