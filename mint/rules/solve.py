@@ -56,6 +56,8 @@ FINALISTS = 2
 """Gates, each of another layer, that get a column of their own."""
 FEW = 4
 """Learn prompts below which further ones are made by putting their last lines behind other code."""
+FEW_RIDGE = 2.0
+"""Ridge of the gate where prompts had to be made."""
 ROUNDS = 3
 """How often the solver looks for kept texts that broke, and gives them more weight."""
 
@@ -405,6 +407,10 @@ def solve_rule(
         read_layer(lm, stats, learnt[layer], kept.get(layer), groups, settings.folds, texts, guards, habits)
         for layer in layers
     ]
+    if (
+        made
+    ):  # prompts made from one another cannot show what varies: the softest gate that there is, early awake
+        settings = replace(settings, ridges=(FEW_RIDGE,), thresholds=settings.thresholds[:1])
     solution = solve_readings(lm, readings, len(learn), settings, stats, used, say)
     return replace(solution, seconds=time.perf_counter() - started)
 
