@@ -407,9 +407,8 @@ def solve_rule(
         read_layer(lm, stats, learnt[layer], kept.get(layer), groups, settings.folds, texts, guards, habits)
         for layer in layers
     ]
-    if (
-        made
-    ):  # prompts made from one another cannot show what varies: the softest gate that there is, early awake
+    if made:
+        # Prompts made from one another cannot show what varies: the softest gate that there is, early awake.
         settings = replace(settings, ridges=(FEW_RIDGE,), thresholds=settings.thresholds[:1])
     solution = solve_readings(lm, readings, len(learn), settings, stats, used, say)
     return replace(solution, seconds=time.perf_counter() - started)
