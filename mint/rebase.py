@@ -1,7 +1,7 @@
 """Carry a patch over to another version of its model: the same cases are solved again, starting from the old neurons."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -26,13 +26,11 @@ class Rebased:
     """A row a case: id, neurons before and after, cosine of their columns where the neuron stayed, whether needed."""
 
 
-def rebase(
-    lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = lambda _: None, **wishes: object
-) -> Rebased:
+def rebase(lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = lambda _: None) -> Rebased:
     """Solve the cases that a patch records again on another model; the model is as before afterwards.
 
-    The old neurons are tried first, so that as little as possible moves; where they fail the solver chooses. wishes:
-    fields of `Wishes` that differ from what the patch records. Raises `PatchError` for a patch without cases.
+    The old neurons are tried first, so that as little as possible moves; where they fail the solver chooses. Raises
+    `PatchError` for a patch without cases.
     """
     cases = cases_of(patch)
     if not cases:
@@ -50,7 +48,7 @@ def rebase(
                 return found
         return solve(lm, problem, settings)
 
-    outcome = repair(lm, cases, replace(asked, **wishes), again, prepare=prepare, say=say)
+    outcome = repair(lm, cases, asked, again, prepare=prepare, say=say)
     return Rebased(outcome, tuple(_moved(patch, places, outcome, case) for case in cases))
 
 

@@ -18,7 +18,7 @@ ORDER = [
     {"attribution", "guards", "measure"},
     {"solver"},
     {"session"},
-    {"evaluation"},
+    {"evaluation", "rebase"},
     {"rules"},
     {"cli"},
 ]
@@ -31,7 +31,7 @@ LONG_CALLS = {
     "mint.solver.gate.fit_rows",
 }
 """Functions with more parameters than the rest: keywords of a public name, options of the command line, knobs of a fit."""
-ON_THE_CPU = {"mint/solver/gate.py", "mint/rules/gate.py"}
+ON_THE_CPU = {"mint/solver/gate.py", "mint/solver/classifier.py"}
 """Modules whose tensors are all on the CPU: float64 is no question there."""
 
 

@@ -6,8 +6,8 @@ import torch
 from mint import prompts
 from mint.case import Case
 from mint.errors import MintError
-from mint.rules.bundle import bundle
 from mint.solver import variants
+from mint.solver.bundle import bundle
 from mint.solver.in_contexts import fit_columns, recipe_of
 from mint.solver.problem import Settings
 

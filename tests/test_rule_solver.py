@@ -8,10 +8,10 @@ import torch
 from mint.errors import MintError
 from mint.model.lm import Encoded
 from mint.patch import applied
-from mint.rules.bundle import bundle, judge
 from mint.rules.contexts import in_other_contexts
-from mint.rules.gate import Examples, fit_constant, fit_direction, make_detector
 from mint.rules.solve import RuleSettings, solve_rule
+from mint.solver.bundle import bundle, judge
+from mint.solver.classifier import Examples, fit_constant, fit_direction, make_detector
 from mint.solver.problem import margins
 from tests.conftest import same_bits, tiny_lm, weights_of
 

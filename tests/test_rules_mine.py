@@ -149,7 +149,7 @@ def test_in_a_chat_the_code_stands_in_the_models_own_answer(habit_lm, source):
         chat = replace(habit_lm, template=Template())
         rows = mine(chat, search(source, limit=24)).rule.rows
         assert rows and all(r.prompt.startswith("<user>\nWrite the file src/f") for r in rows)
-        assert all("<assistant>\n```python" in r.prompt for r in rows)
+        assert all("<assistant>```python" in r.prompt for r in rows), "a template loses its last newline"
         assert all(written(habit_lm, r).startswith(r.wrong) for r in rows if r.role == "fault")
     finally:
         tokenizer.chat_template = None

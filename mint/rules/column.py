@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint.rules.bundle import Bundle, judge
+from mint.solver.bundle import Bundle, judge
 from mint.solver.qp import smallest
 
 _TRIES = 6

@@ -15,8 +15,8 @@ from mint.model.layout import Rows
 from mint.model.lm import LM, Encoded
 from mint.patch import read_neuron
 from mint.reference import Statistics
-from mint.rules.bundle import Bundle
-from mint.rules.gate import Detector, Examples, activation, fit_constant, fit_direction, make_detector
+from mint.solver.bundle import Bundle
+from mint.solver.classifier import Detector, Examples, activation, fit_constant, fit_direction, make_detector
 
 FIRE_BELOW = 0.5
 """Logits of lead below which a target token needs the neuron."""

@@ -1,6 +1,6 @@
 """The solver of rules: one neuron that writes the right text at every prompt of a kind, learnt from a few of them.
 
-A linear classifier on a layer's inputs says where the neuron fires (gate.py), one column says what it writes
+A linear classifier on a layer's inputs says where the neuron fires (solver/classifier.py), one column says what it writes
 (column.py). Whatever has to be chosen (layer, ridge, threshold, which neuron, one or two) is chosen by how an edit does
 at learn prompts that were left out of it. Knows nothing about files, mining or generated text. Formulas: docs/rules.md.
 """
@@ -17,7 +17,6 @@ from mint.model.lm import LM, Encoded
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
 from mint.reference import Statistics, sample_layers, statistics
 from mint.rules import column as program
-from mint.rules.bundle import Bundle, bundle
 from mint.rules.contexts import in_other_contexts
 from mint.rules.neuron import (
     Neuron,
@@ -30,6 +29,7 @@ from mint.rules.neuron import (
     responsible_neurons,
     value_edit,
 )
+from mint.solver.bundle import Bundle, bundle
 from mint.solver.problem import Solution
 
 NAME = "rule"
@@ -394,6 +394,7 @@ def solve_rule(
     _check(learn, settings)
     stats = statistics(lm, settings.reference, say)
     layers = list(settings.layers) if settings.layers is not None else sample_layers(lm)[:3]
+    stats.measure(layers, layers)  # one pass over the text for all of them
     guards = [*keep, *earlier]
     made, groups = (
         in_other_contexts(lm, learn, FEW, settings) if len(learn) < FEW else ([], list(range(len(learn))))

@@ -22,8 +22,8 @@ from mint.model.lm import LM, Encoded
 from mint.model.margins import margins
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
 from mint.reference import Statistics, sample_layers, statistics
-from mint.rules.bundle import Bundle, bundle
-from mint.rules.gate import Detector, Examples, fit_constant, fit_direction, make_detector
+from mint.solver.bundle import Bundle, bundle
+from mint.solver.classifier import Detector, Examples, fit_constant, fit_direction, make_detector
 from mint.solver.inputs import block_inputs
 from mint.solver.problem import Problem, Settings, Solution
 from mint.solver.qp import HARD, smallest
