@@ -1,0 +1,23 @@
+"""docs/cli.md is the command line's own help."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_of_the_command_line_is_fresh():
+    done = subprocess.run(
+        [sys.executable, "scripts/docs_cli.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_has_its_section():
+    from typer.main import get_command
+
+    from mint.cli.app import app
+
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert [name for name in get_command(app).commands if f"## `mint {name}`" not in text] == []
