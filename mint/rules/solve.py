@@ -214,7 +214,16 @@ def _fit(
     full = _smallest(program.margins(judged, 0, found.columns)[0], learn.real)
     kept = 1.0
     if len(heard):
-        after = _smallest(program.margins(tasks[1], 0, found.columns)[0], tasks[1].bundle.real)
+        # The same for what must stay: without its constraints, and as a gate answers that had not seen it.
+        apart = torch.stack(
+            [
+                found.linear.solve(len(learn) + j, flat, LOO_DAMPING).view_as(found.columns)
+                for j in range(len(heard))
+            ],
+            1,
+        )
+        unseen = replace(tasks[1], levels=close[1:])
+        after = _smallest(program.margins(unseen, 0, apart)[0], unseen.bundle.real)
         kept = 1 - float((after <= 0).sum()) / len(at.keep)
     written = torch.stack([n.elsewhere for n in neurons], 1) @ found.columns  # [samples, d]
     loud = float((written.norm(dim=1) > LOUD * size**0.5).float().mean())
@@ -464,5 +473,9 @@ def solve_readings(
             " a case, or give learn prompts that have more in common"
         )
         return Solution(NAME, None, reason, least, details=details)
-    info = {"solver": NAME, "settings": {"margin": margin, "where": settings.where}, "versions": versions()}
+    info = {
+        "solver": NAME,
+        "settings": {"margin": margin, "where": settings.where},
+        "versions": versions(),
+    }
     return Solution(NAME, replace(patch, info=info), None, least, details=details)
