@@ -33,6 +33,8 @@ FEW = 4
 """Fewer faults than this make no rule: nothing is left to prove it on."""
 _FILES_A_ROW = 100
 _ASK_AT_ONCE = 32
+NEAR_MISSES = 2
+"""Near misses collected for each fault asked for: they decide what an edit leaves alone."""
 _ASK_MOST = 8
 """Sites asked for each row that is wanted, before the search gives up."""
 _ANSWER_ROOM = 24
@@ -56,7 +58,7 @@ class Search:
     name: str | None = None
     """Name of the rule; None: made from the wrong text."""
     limit: int = 60
-    """Most rows of each role."""
+    """Most faults and most healthy rows; near misses twice as many."""
     lines: int = 12
     """Lines before the site's own line that make the prompt."""
     seed: int = 0
@@ -273,7 +275,8 @@ class _Asking:
         same_place, found["near"] = found["near"], []
         # Places with another text come first: they are the neighbours that an edit endangers. A third stays for places
         # of the texts themselves where the model writes neither.
-        most = limit - min(len(same_place), limit // 3)
+        near = NEAR_MISSES * limit
+        most = near - min(len(same_place), near // 3)
         others = _mixed([s for s in sites if s.kind == "other"], seed)
         for row in self._sorted(others, "near places", lambda: len(found["near"]) < most):
             if row.role == "fault":
@@ -281,7 +284,7 @@ class _Asking:
             else:
                 found[row.role].append(row)
         found["near"] = [*found["near"][:most], *same_place]
-        return [row for role in ("fault", "healthy", "near") for row in found[role][:limit]]
+        return [*found["fault"][:limit], *found["healthy"][:limit], *found["near"][:near]]
 
     def _sorted(self, sites: Sequence[Site], what: str, more: Callable[[], bool]) -> Iterator[Row]:
         budget = _ASK_MOST * self.search.limit

@@ -22,6 +22,8 @@ ROLES = ("fault", "near", "healthy")
 SPLITS = ("learn", "unseen")
 LEARN_SHARE = 0.4
 """Share of the faults that go to the `learn` side where a file of rules does not say."""
+LEARN_SHARE_BESIDE = 0.6
+"""The same for sources without a fault: what must stay is learnt from many examples, faults from few."""
 ALIKE = 90.0
 """Prompts whose last lines are this similar (rapidfuzz ratio, 0 to 100) are near-duplicates: one side of the split."""
 _TAIL = 240
@@ -203,7 +205,8 @@ def with_split(rule: Rule, seed: int = 0) -> Rule:
 
     Rows of one source, and near-duplicates across sources (copied files), go to one side together; a row without a
     source is a source of its own. Sources are drawn in an order that depends on nothing but their names and the seed,
-    for `learn` until it has `LEARN_SHARE` of the faults (at least 8 where half of them are as many), then `unseen`.
+    for `learn` until it has `LEARN_SHARE` of the faults (at least 8 where half of them are as many), then `unseen`; those without a fault
+    by `LEARN_SHARE_BESIDE`.
     """
     if all(row.split for row in rule.rows):
         return rule
@@ -222,7 +225,7 @@ def with_split(rule: Rule, seed: int = 0) -> Rule:
         placed += faults[g] if sides[g] == "learn" else 0
     draw = random.Random(seed)
     for g in [g for g in open_groups if not faults[g]]:
-        sides[g] = "learn" if draw.random() < LEARN_SHARE else "unseen"
+        sides[g] = "learn" if draw.random() < LEARN_SHARE_BESIDE else "unseen"
     return replace(
         rule,
         rows=tuple(replace(r, split=r.split or sides[g]) for g, r in zip(group, rule.rows, strict=True)),
