@@ -48,7 +48,7 @@ def mine(
     name: Annotated[
         str | None, typer.Option(help="Name of the rule; default made from the wrong text.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most rows of each role.")] = 60,
+    limit: Annotated[int, typer.Option(min=1, help="Most faults; near misses twice as many.")] = 60,
     lines: Annotated[int, typer.Option(min=0, help="Lines before a site that make its prompt.")] = 12,
     exclude: Annotated[
         list[str] | None,

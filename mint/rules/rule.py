@@ -205,8 +205,8 @@ def with_split(rule: Rule, seed: int = 0) -> Rule:
 
     Rows of one source, and near-duplicates across sources (copied files), go to one side together; a row without a
     source is a source of its own. Sources are drawn in an order that depends on nothing but their names and the seed,
-    for `learn` until it has `LEARN_SHARE` of the faults (at least 8 where half of them are as many), then `unseen`; those without a fault
-    by `LEARN_SHARE_BESIDE`.
+    for `learn` until it has `LEARN_SHARE` of the faults (at least 8 where half of them are as many), then
+    `unseen`; those without a fault by `LEARN_SHARE_BESIDE`.
     """
     if all(row.split for row in rule.rows):
         return rule
