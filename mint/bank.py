@@ -18,7 +18,7 @@ from mint.model.hooks import record as record_neurons
 from mint.model.lm import LM
 from mint.patch import Patch, applied, compose, load, save
 from mint.patch.provenance import patch_id
-from mint.patch.record import Answer, ask, cases_of, contradictions
+from mint.patch.record import Answer, ask_patch, contradictions, encoded, promised
 from mint.patch.relocate import Move, collisions, relocate
 
 INDEX = "mint_bank.json"
@@ -105,7 +105,7 @@ def add(
         )
     try:
         bank.mkdir(exist_ok=True)
-        entry = Entry(wanted, f"{wanted}.safetensors", patch_id(patch), len(cases_of(patch)), note)
+        entry = Entry(wanted, f"{wanted}.safetensors", patch_id(patch), len(promised(patch)), note)
         save(patch, bank / entry.file, force=True)
     except OSError as error:
         raise PatchError(f"cannot write {bank} ({error.strerror}); nothing was added") from None
@@ -133,14 +133,10 @@ def check(lm: LM, found: dict[str, Patch], elsewhere: Sequence[Sequence[int]] = 
     lm: the model without them; as before afterwards. elsewhere: token ids of ordinary code, for how often each fires.
     """
     with applied(lm, compose(list(found.values()))):
-        answers = {n: ask(lm, cases_of(p), p.info.get("stop") or "auto") for n, p in found.items()}
-        own = {n: [_ids(lm, c, p) for c in cases_of(p)] for n, p in found.items()}
+        answers = {n: ask_patch(lm, p) for n, p in found.items()}
+        own = {n: [e.ids for e in encoded(lm, p)] for n, p in found.items()}
         fires = {n: _fires(lm, n, p, own, elsewhere) for n, p in found.items()}
     return Checked(answers, fires)
-
-
-def _ids(lm: LM, case, patch: Patch) -> list[int]:
-    return lm.encode(case, patch.info.get("stop") or "auto").ids
 
 
 @torch.no_grad()

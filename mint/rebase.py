@@ -35,7 +35,8 @@ def rebase(lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = l
     cases = cases_of(patch)
     if not cases:
         raise PatchError(
-            "the patch records no cases, so it cannot be solved again; give one that `mint repair` wrote"
+            "the patch records no cases, so it cannot be solved again; give one that `mint repair` wrote, or repair its rule on the"
+            " new model with `mint repair --rule`"
         )
     asked = Wishes(settings=_settings(patch), stop=str(patch.info.get("stop") or "auto"))
     places = _places(patch)

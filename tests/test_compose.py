@@ -8,7 +8,7 @@ import torch
 
 from mint import patch as P
 from mint.errors import PatchError
-from mint.patch.record import ask, cases_of, contradictions
+from mint.patch.record import ask, cases_of, contradictions, encoded
 from mint.patch.relocate import collisions, relocate
 from tests.conftest import same_bits, tiny_lm, weights_of
 from tests.test_patch import random_patch
@@ -104,3 +104,13 @@ def test_threads_never_see_half_a_patch(lm):
         thread.join()
     assert not failures
     assert same_bits(clean, weights_of(lm))
+
+
+def test_a_patch_made_in_a_chat_is_asked_in_a_chat():
+    lm = tiny_lm("llama")
+    lm.tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    case = {"id": "c", "prompt": "sort", "target": "x"}
+    plain = P.Patch((), {}, {"cases": [case]})
+    (bare,), (dressed,) = encoded(lm, plain), encoded(lm, replace(plain, info=plain.info | {"chat": True}))
+    assert "<sort>" in lm.decode(dressed.prompt) and "<" not in lm.decode(bare.prompt)
+    assert lm.template is None

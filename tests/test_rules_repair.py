@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from mint import bank
 from mint import patch as P
 from mint.case import Keep
 from mint.errors import CaseError
+from mint.patch.record import ask_patch, promised
 from mint.rules import repair as repairing
 from mint.rules.check import NOT_NEEDED, check_rule
 from mint.rules.cut import NO_ROUND_TRIP
@@ -259,3 +261,17 @@ def test_judges_are_counted_beside(habit_lm, rule, edit):
     found = check_rule(habit_lm, rule, [edit.change], accept=0.5, judges=judges).as_dict()["unseen"]
     assert found["judges"][judges[0]]["passed_after"] == found["right_after"]
     assert found["judges"][judges[0]]["passed_before"] == 0
+
+
+def test_a_rules_patch_is_a_regression_test_of_its_learn_prompts(habit_lm, rule, edit):
+    patch = repair_rules(habit_lm, [rule], WISHES, solve=giving(edit)).patch
+    (learnt,) = [r["learn"] for r in patch.info["rules"]]
+    asked = promised(patch)
+    assert [c.prompt for c in asked] == [row["prompt"] for row in learnt]
+    assert not any(a.holds for a in ask_patch(habit_lm, patch))
+    with P.applied(habit_lm, patch):
+        assert all(a.holds for a in ask_patch(habit_lm, patch))
+    checked = bank.check(habit_lm, {"clock": patch})
+    assert len(checked.answers["clock"]) == len(learnt) and checked.broken == []
+    hollow = replace(patch, edits=P.scale(patch, 0).edits)
+    assert len(bank.check(habit_lm, {"clock": hollow}).broken) == len(learnt)

@@ -120,7 +120,7 @@ def compose(
             say("generating behind every recorded prompt")
             with patches.applied(lm, whole):
                 for one in read:
-                    answers += record.ask(lm, record.cases_of(one), one.info.get("stop") or "auto")
+                    answers += record.ask_patch(lm, one)
         else:
             whole = patches.compose(read)
     broken = [a for a in answers if not a.holds]
@@ -391,15 +391,15 @@ def selftest(
         before: dict[str, str] = {}
         if patch is not None:
             from mint import patch as patches
-            from mint.patch.record import cases_of
+            from mint.patch.record import promised
 
             loaded = patches.load(patch)
-            wanted = cases_of(loaded)
+            wanted = promised(loaded)
             before = consumer.wrote_before(loaded)
         else:
             wanted = load_cases(cases)
         if not wanted:
-            raise MintError(f"{patch} records no cases; give --cases")
+            raise MintError(f"{patch} records no cases and no rules; give --cases")
         say(f"asking {url}")
         served, answers = consumer.ask_server(url, wanted, name, timeout)
     wrong = [a for a in answers if not a.holds]

@@ -9,7 +9,7 @@ from pathlib import Path
 from mint.case import Case
 from mint.errors import MintError, PatchError
 from mint.patch.edit import Patch
-from mint.patch.record import Answer, cases_of
+from mint.patch.record import Answer, promised
 
 SPARE_TOKENS = 16
 """More tokens than characters of a target are never needed; these few show what comes behind it."""
@@ -26,9 +26,12 @@ def _cut(text: str, target: str) -> str:
 def wrote_before(patch: Patch) -> dict[str, str]:
     """Case id -> what the model wrote without the patch, where the patch says so."""
     records = [c for c in patch.info.get("cases") or [] if isinstance(c, dict)]
-    return {
+    wrote = {
         str(c.get("id")): c["generated_before"] for c in records if isinstance(c.get("generated_before"), str)
     }
+    rules = [r for r in patch.info.get("rules") or [] if isinstance(r, dict)]
+    learnt = [(r.get("name"), row) for r in rules for row in r.get("learn") or [] if isinstance(row, dict)]
+    return wrote | {f"{name}: {row.get('id')}": row["wrong"] for name, row in learnt if row.get("wrong")}
 
 
 # ---------------------------------------------------------------------- llama.cpp
@@ -55,7 +58,7 @@ def ask_llama_cpp(model: str | Path, adapter: str | Path, patch: Patch) -> list[
             " model?"
         ) from None
     answers = []
-    for case in cases_of(patch):
+    for case in promised(patch):
         budget = len(llama.tokenize(case.target.encode(), add_bos=False)) + SPARE_TOKENS
         done = llama.create_completion(case.prompt, max_tokens=budget, temperature=0.0, repeat_penalty=1.0)
         answers.append(Answer(case, _cut(done["choices"][0]["text"], case.target)))

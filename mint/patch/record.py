@@ -1,11 +1,12 @@
-"""Does a patch still do what it says? Its own cases, asked again of any model, by generating."""
+"""Does a patch still do what it says? Its own cases and its rules' learn prompts, asked again of any model, by generating."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from mint.case import Case, case_from_dict, case_to_dict
 from mint.errors import CaseError
-from mint.model.lm import LM
+from mint.model.lm import LM, Encoded
+from mint.model.text import Template
 from mint.patch.edit import Patch
 
 _KEYS = tuple(f.name for f in fields(Case))
@@ -20,6 +21,9 @@ class Answer:
 
     @property
     def holds(self) -> bool:
+        """Whether the target was written; a target without a stop may go on."""
+        if self.case.stop == "none":
+            return self.written.startswith(self.case.target)
         return self.written == self.case.target
 
     def to_json(self) -> dict:
@@ -43,16 +47,48 @@ def cases_of(patch: Patch) -> list[Case]:
     return found
 
 
+def promised(patch: Patch) -> list[Case]:
+    """All that a patch promises: its cases, and the learn prompts of its rules, each a case that ends nowhere."""
+    found = cases_of(patch)
+    for rule in patch.info.get("rules") or []:
+        try:
+            found += [
+                case_from_dict(
+                    {"id": f"{rule['name']}: {row['id']}", "prompt": row["prompt"], "target": row["target"]}
+                    | {"stop": "none"}
+                )
+                for row in rule["learn"]
+            ]
+        except (CaseError, KeyError, TypeError):
+            continue  # as for cases
+    return found
+
+
 def ask(lm: LM, cases: Iterable[Case], stop: str = "auto") -> list[Answer]:
     """What the model writes behind each case, greedily, up to its stop. Raises `CaseError` as `LM.encode` does."""
     return [Answer(c, lm.write(lm.encode(c, stop), c)) for c in cases]
+
+
+def encoded(lm: LM, patch: Patch) -> list[Encoded]:
+    """What a patch promises, as ids, dressed as it was when the patch was made."""
+    dressed = _dressed(lm, patch)
+    return [dressed.encode(c, patch.info.get("stop") or "auto") for c in promised(patch)]
+
+
+def ask_patch(lm: LM, patch: Patch) -> list[Answer]:
+    """`ask` for all that a patch promises, in the chat template where it was made in one."""
+    return ask(_dressed(lm, patch), promised(patch), patch.info.get("stop") or "auto")
+
+
+def _dressed(lm: LM, patch: Patch) -> LM:
+    return replace(lm, template=lm.template or Template()) if patch.info.get("chat") else lm
 
 
 def contradictions(patches: Iterable[Patch]) -> list[tuple[Case, Case]]:
     """Pairs of recorded cases that want different texts behind the same prompt."""
     seen: dict[str, Case] = {}
     found = []
-    for case in (c for p in patches for c in cases_of(p)):
+    for case in (c for p in patches for c in promised(p)):
         other = seen.setdefault(case.prompt, case)
         if other.target != case.target:
             found.append((other, case))
