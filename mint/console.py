@@ -28,6 +28,16 @@ from rich.text import Text
 Say = Callable[[str], None]
 
 
+def quiet(_: str) -> None:
+    """A `Say` that nobody listens to."""
+
+
+def quoted(text: str, longest: int = 60) -> str:
+    """Text in quotation marks, escaped, cut off behind `longest` characters: for messages of one line."""
+    shown = repr(text)
+    return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]
+
+
 def stderr() -> Console:
     """The console for people. Made anew for each use, so that a redirected stderr is respected."""
     return Console(stderr=True, highlight=False, soft_wrap=False)

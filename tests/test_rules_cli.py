@@ -29,7 +29,7 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [(list(range(5, 15)), list(range(9)), None)]
     monkeypatch.setattr("mint.session.measured_sequences", lambda lm: lines)
-    monkeypatch.setattr(repairing, "statistics", lambda *_: None)
+    monkeypatch.setattr(repairing, "preparation", lambda *_: lambda _lm: None)
     monkeypatch.setattr(repairing, "_settings", lambda wishes: Settings(max_neurons=wishes.max_neurons))
     monkeypatch.setattr("mint.rules.solve.solve_rule", by_descent)
 

@@ -40,7 +40,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(
         "mint.session.measured_sequences", lambda lm: [(list(range(5, 15)), list(range(9)), None)]
     )
-    monkeypatch.setattr(repairing, "statistics", lambda *_: None)
+    monkeypatch.setattr(repairing, "preparation", lambda *_: lambda _lm: None)
     monkeypatch.setattr(repairing, "_settings", lambda wishes: Settings(max_neurons=wishes.max_neurons))
 
 
@@ -57,7 +57,7 @@ def edit(habit_lm, rule):
         patch.setattr(
             "mint.session.measured_sequences", lambda lm: [(list(range(5, 15)), list(range(9)), None)]
         )
-        patch.setattr(repairing, "statistics", lambda *_: None)
+        patch.setattr(repairing, "preparation", lambda *_: lambda _lm: None)
         patch.setattr(repairing, "_settings", lambda wishes: Settings())
         repair_rules(habit_lm, [rule], WISHES, solve=remember)
     return picked["solution"]

@@ -9,7 +9,7 @@ import typer
 from mint import console
 from mint.cli import options as o
 from mint.cli.rule import Accept, Judges, check_options, repair_rules
-from mint.errors import MintError, NoRepair
+from mint.errors import MintError
 
 EXAMPLES = """Repair one mistake of a model with a patch of one or two neurons.
 
@@ -178,12 +178,10 @@ def repair(
         raise typer.BadParameter("--report shows one case; use `mint evaluate` for the page of many")
     with console.working() as say:
         say("importing")
-        from mint import patch as patches
         from mint import session
         from mint import solver as solvers
-        from mint.cli import parts
+        from mint.cli import parts, results
         from mint.evaluation.outcome import outcome_as_dict, repair_page
-        from mint.files import write_file
         from mint.model.precision import is_slow
         from mint.solver.problem import Settings
 
@@ -225,21 +223,15 @@ def repair(
             say=say,
         )
         page = None if report is None else repair_page(lm, outcome)
-        written = None
-        if outcome.patch is not None and (outcome.success or partial):
-            written = patches.save(outcome.patch, out or _free_name(), force=force)
-        if report is not None and page is not None:
-            write_file(report, page, force=force)
+        written = results.store(
+            outcome, out or _free_name(), page=page, report=report, partial=partial, force=force
+        )
     result = outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:
         console.print_json(result)
     else:
         _show(outcome, result)
-    if written is not None and not outcome.success:
-        console.note(f"written without what was refused: {outcome.reason}", "yellow")
-    elif not outcome.success:
-        raise NoRepair(f"no acceptable repair: {outcome.reason}")
-    return 0
+    return results.conclude(outcome, written)
 
 
 repair.__doc__ = EXAMPLES

@@ -200,17 +200,13 @@ def repair_rules(
     for name in wishes.judges:
         judge_named(name)
     with console.working() as say:
-        from mint import patch as patches
+        from mint.cli import results
 
         say("importing")
-        from mint.reference import statistics
-        from mint.rules.repair import outcome_as_dict
+        from mint.rules.repair import outcome_as_dict, preparation
         from mint.rules.repair import repair_rules as repair_all
 
-        def prepare(lm) -> None:
-            statistics(lm, wishes.reference, say)
-
-        lm, applied = o.load(**model, say=say, prepare=prepare)
+        lm, applied = o.load(**model, say=say, prepare=preparation(wishes, say))
         outcome = repair_all(lm, rules, replace(wishes, applied=applied), say=say)
         page = None
         if report is not None:
@@ -218,21 +214,13 @@ def repair_rules(
 
             say("writing the report")
             page = report_page(lm, outcome)
-        written = None
-        if outcome.patch is not None and (outcome.success or partial):
-            written = patches.save(outcome.patch, out, force=force)
-        if report is not None and page is not None:
-            from mint.files import write_file
-
-            write_file(report, page, force=force)
+        written = results.store(outcome, out, page=page, report=report, partial=partial, force=force)
     result = outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:
         console.print_json(result)
     else:
         _show(outcome, result)
-    if not outcome.success:
-        raise NoRepair(f"no acceptable repair: {outcome.reason}")
-    return 0
+    return results.conclude(outcome, written)
 
 
 def _show(outcome: "RulesOutcome", result: dict) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mint.case import Keep
+from mint.console import Say, quoted
 from mint.errors import CaseError, MintError
 from mint.files import jsonable
 from mint.guards import EARLIER, Guard
@@ -24,10 +25,9 @@ from mint.rules.figures import Line, Prompted, count_faults, count_kept, prepare
 from mint.rules.judge import judge_named
 from mint.rules.mine import FEW, too_few
 from mint.rules.rule import Row, Rule
-from mint.session import Attempt, Hooks, Protected, Refused, Session, Wishes
+from mint.session import Attempt, Hooks, Prepare, Protected, Refused, Session, Wishes
 from mint.solver.problem import Change, Settings, Solution
 
-Say = Callable[[str], None]
 SolveRule = Callable[..., Solution]
 """`mint.rules.solve.solve_rule`, or what takes its place."""
 
@@ -162,11 +162,8 @@ def repair_rules(
         applied=wishes.applied,
     )
 
-    def prepare(model: LM) -> None:
-        statistics(model, wishes.reference, say)
-
     repairs = []
-    with Session(lm, asked, _no_case, Hooks(prepare=prepare, say=say)) as session:
+    with Session(lm, asked, _no_case, Hooks(prepare=preparation(wishes, say), say=say)) as session:
         session.keep(recorded(lm, wishes.applied))
         for number, (rule, (found, unusable)) in enumerate(zip(rules, rows, strict=True), start=1):
             name = f"rule {rule.name}" + (f" ({number} of {len(rules)})" if len(rules) > 1 else "")
@@ -275,8 +272,8 @@ class _RuleJob:
             first = lines[failed[0]]
             raise Refused(
                 f"{len(failed)} of {len(self.learnt)} learn prompts fail; first '{first.row.id}': behind"
-                f" {_short(first.row.prompt[-40:])} the edited model writes {_short(first.after)} instead of"
-                f" {_short(first.row.target or '')}; drop it, or ask for fewer with --learn"
+                f" {quoted(first.row.prompt[-40:])} the edited model writes {quoted(first.after)} instead of"
+                f" {quoted(first.row.target or '')}; drop it, or ask for fewer with --learn"
             )
         unseen = [lines[i] for i in self._side("unseen")]
         right = sum(x.right_after for x in unseen)
@@ -334,6 +331,18 @@ def _settings(wishes: RuleWishes) -> Any:
     return RuleSettings(
         max_neurons=wishes.max_neurons, margin=wishes.margin, reference=wishes.reference, seed=wishes.seed
     )
+
+
+def preparation(wishes: RuleWishes, say: Say) -> Prepare:
+    """Statistics of the layers that rules are solved in: measured before any edit, and no part of a repair's time."""
+
+    def prepare(lm: LM) -> None:
+        from mint.rules.solve import layers_of
+
+        layers = layers_of(lm, _settings(wishes))
+        statistics(lm, wishes.reference, say).measure(layers, layers)
+
+    return prepare
 
 
 def _retested(lm: LM, one: RuleRepair, rows: list[Prompted], say: Say) -> RuleRepair:
@@ -398,7 +407,7 @@ def check_rules(lm: LM, rules: Sequence[Rule]) -> None:
             if not (row.target.startswith(other.target) or other.target.startswith(row.target)):
                 raise CaseError(
                     f"rules '{other_rule.name}' and '{rule.name}' contradict each other: behind"
-                    f" {_short(row.prompt[-40:])} one wants {_short(other.target)}, the other {_short(row.target)}; drop"
+                    f" {quoted(row.prompt[-40:])} one wants {quoted(other.target)}, the other {quoted(row.target)}; drop"
                     " one of them"
                 )
     forbidden = [(rule, {_whole(r, r.wrong) for r in rule.part("fault")}) for rule in rules]
@@ -410,8 +419,8 @@ def check_rules(lm: LM, rules: Sequence[Rule]) -> None:
                 )
                 if clash is not None:
                     raise CaseError(
-                        f"rules '{rule.name}' and '{other.name}' contradict each other: one writes {_short(written)}, the"
-                        f" other forbids {_short(clash)}; drop one of them"
+                        f"rules '{rule.name}' and '{other.name}' contradict each other: one writes {quoted(written)}, the"
+                        f" other forbids {quoted(clash)}; drop one of them"
                     )
     special = tuple(t for t in lm.tokenizer.all_special_tokens if t)
     if lm.template is not None and special:
@@ -420,11 +429,6 @@ def check_rules(lm: LM, rules: Sequence[Rule]) -> None:
             raise CaseError(
                 f"rule '{dressed.rule}': its prompts stand in a chat template already; leave out --chat"
             )
-
-
-def _short(text: str, longest: int = 60) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]
 
 
 # ---------------------------------------------------------------------- as JSON

@@ -6,12 +6,13 @@ at learn prompts that were left out of it. Knows nothing about files, mining or 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mint.console import Say, quiet
 from mint.errors import MintError
 from mint.model.lm import LM, Encoded
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
@@ -60,10 +61,6 @@ FEW_RIDGE = 2.0
 """Ridge of the gate where prompts had to be made."""
 ROUNDS = 3
 """How often the solver looks for kept texts that broke, and gives them more weight."""
-
-
-def quiet(_message: str) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +266,7 @@ class _Job:
     stats: Statistics
     margin: float
     used: frozenset[tuple[int, int]]
-    say: Callable[[str], None]
+    say: Say
 
 
 def _gated_neurons(
@@ -380,6 +377,11 @@ def _settled(job: _Job, candidate: Candidate) -> tuple[Candidate, Patch, Tensor,
 # ---------------------------------------------------------------------- the whole
 
 
+def layers_of(lm: LM, settings: RuleSettings) -> list[int]:
+    """The layers that a rule may be solved in."""
+    return list(settings.layers) if settings.layers is not None else sample_layers(lm)[:3]
+
+
 def solve_rule(
     lm: LM,
     learn: Sequence[Encoded],
@@ -389,7 +391,7 @@ def solve_rule(
     wrong: Sequence[tuple[int, ...]] | None = None,
     earlier: Sequence[Encoded] = (),
     used: frozenset[tuple[int, int]] = frozenset(),
-    say: Callable[[str], None] = quiet,
+    say: Say = quiet,
 ) -> Solution:
     """One joint edit under which every learn prompt is followed by its target. The model is left as it was.
 
@@ -402,7 +404,7 @@ def solve_rule(
     started = time.perf_counter()
     _check(learn, settings)
     stats = statistics(lm, settings.reference, say)
-    layers = list(settings.layers) if settings.layers is not None else sample_layers(lm)[:3]
+    layers = layers_of(lm, settings)
     stats.measure(layers, layers)  # one pass over the text for all of them
     guards = [*keep, *earlier]
     made, groups = (
@@ -431,7 +433,7 @@ def solve_readings(
     settings: RuleSettings,
     stats: Statistics,
     used: frozenset[tuple[int, int]] = frozenset(),
-    say: Callable[[str], None] = quiet,
+    say: Say = quiet,
 ) -> Solution:
     """`solve_rule` for texts that were read already; the first n of them are the user's own."""
     first = readings[0].learn
