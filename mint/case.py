@@ -45,6 +45,11 @@ def _text(record: dict, key: str, where: str, *, empty: bool = False) -> str:
     value = record.get(key)
     if key not in record:
         raise CaseError(f"{where}: no key '{key}'; a case needs id, prompt and target")
+    return checked_text(value, key, where, empty=empty)
+
+
+def checked_text(value: object, key: str, where: str, *, empty: bool = False) -> str:
+    """The value of a key, if it is text that a model can see. empty: whether it may be empty. Raises `CaseError`."""
     if not isinstance(value, str):
         raise CaseError(f"{where}: '{key}' must be text, found {type(value).__name__}")
     if not value and not empty:

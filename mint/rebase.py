@@ -1,11 +1,11 @@
 """Carry a patch over to another version of its model: the same cases are solved again, starting from the old neurons."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 
 from mint.case import Case
+from mint.console import Say
 from mint.errors import PatchError
 from mint.model.lm import LM
 from mint.patch import NeuronEdit, Patch
@@ -13,8 +13,6 @@ from mint.patch.record import cases_of
 from mint.session import Outcome, Prepare, Wishes, repair
 from mint.solver.problem import Problem, Settings, Solution
 from mint.solver.solve import solve, solve_at
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

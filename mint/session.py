@@ -18,6 +18,7 @@ import torch
 
 from mint import guards
 from mint.case import Case, Keep, case_to_dict
+from mint.console import Say, quoted
 from mint.errors import CaseError, MintError
 from mint.files import jsonable
 from mint.guards import Guard
@@ -41,7 +42,6 @@ SETTINGS_MARGINS = (5.0, 10.0, 20.0)
 """Logit margins tried one after another where a repair does not hold under the model's own generation settings: a
 repetition penalty of 1.1 takes a tenth of the logit of a token that was seen before."""
 
-Say = Callable[[str], None]
 Attribute = Callable[[LM, Problem], Any]
 Judge = Callable[[LM, Problem, Patch], Any]
 Prepare = Callable[[LM], Any]
@@ -288,8 +288,8 @@ class Session:
         for asked, guard in zip(wanted, found, strict=True):
             if strict and not guard.holds:
                 raise CaseError(
-                    f"keep: behind {_short(asked.prompt)} the model writes {_short(guards.written(self.lm, guard))},"
-                    f" not {_short(asked.target or '')}; only what holds now can be kept: make it a case of its own"
+                    f"keep: behind {quoted(asked.prompt)} the model writes {quoted(guards.written(self.lm, guard))},"
+                    f" not {quoted(asked.target or '')}; only what holds now can be kept: make it a case of its own"
                 )
         return [g for g in found if g.holds and g.encoded.target]
 
@@ -377,8 +377,8 @@ class Session:
         for guard, holds in zip(found, guards.still_hold(self.lm, found, quick=True), strict=True):
             if not holds:
                 raise Refused(
-                    f"the edit breaks {guard.why}: behind {_short(self.lm.decode(guard.encoded.prompt)[-40:])} it writes"
-                    f" {_short(guards.written(self.lm, guard))} instead of {_short(guards.wanted(self.lm, guard))}"
+                    f"the edit breaks {guard.why}: behind {quoted(self.lm.decode(guard.encoded.prompt)[-40:])} it writes"
+                    f" {quoted(guards.written(self.lm, guard))} instead of {quoted(guards.wanted(self.lm, guard))}"
                 )
 
     # ------------------------------------------------------------------ one case
@@ -413,7 +413,7 @@ class Session:
         return specificity.compare(self.lm, self._clean, since=since)
 
     def lost(self) -> tuple[str, ...]:
-        """Names of the repairs of this session, and of what is kept, that the model as it is now does not write."""
+        """Names of the repairs made so far, and of what is kept, that the model as it is now does not write."""
         found = [*self.kept, *self.earlier]
         held = guards.still_hold(self.lm, found)
         return tuple(g.name for g, h in zip(found, held, strict=True) if not h)
@@ -562,21 +562,21 @@ def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
     """
     written = lm.write(problem.encoded, problem.case)
     if written != problem.case.target:
-        raise Refused(f"the edited model writes {_short(written)} instead of {_short(problem.case.target)}")
+        raise Refused(f"the edited model writes {quoted(written)} instead of {quoted(problem.case.target)}")
     for name in wishes.verify_dtypes:
         with in_dtype(lm, DTYPES[name]):
             other = lm.write(problem.encoded, problem.case)
         if other != problem.case.target:
             raise Refused(
                 f"the repair holds in {str(lm.dtype).removeprefix('torch.')}, but in {name} the model writes"
-                f" {_short(other)}; ask for a larger --margin"
+                f" {quoted(other)}; ask for a larger --margin"
             )
     if wishes.verify_settings and lm.settings.changing:
         other = lm.write(problem.encoded, problem.case, own_settings=True)
         if other != problem.case.target:
             raise Bent(
                 f"the repair holds in plain greedy text, but under the model's own generation settings"
-                f" ({lm.settings.told}) it writes {_short(other)}; ask for a larger --margin, or leave out --verify-settings"
+                f" ({lm.settings.told}) it writes {quoted(other)}; ask for a larger --margin, or leave out --verify-settings"
             )
     with torch.no_grad():
         after = margins(lm, problem.encoded).tolist()
@@ -597,10 +597,10 @@ def check_contradictions(
     for keep in dict.fromkeys([*wishes.keep, *(k for c in cases for k in c.keep)]):
         if keep.target is not None:
             kept = lm.encode(Case("keep", keep.prompt, keep.target), wishes.stop)
-            wanted.append((f"keep {_short(keep.prompt)}", kept))
+            wanted.append((f"keep {quoted(keep.prompt)}", kept))
         elif keep.prompt in prompts:
             raise CaseError(
-                f"keep {_short(keep.prompt)} and case '{prompts[keep.prompt]}' contradict each other: one wants what the"
+                f"keep {quoted(keep.prompt)} and case '{prompts[keep.prompt]}' contradict each other: one wants what the"
                 " model writes now, the other something else; drop one of them"
             )
     says: dict[tuple[int, ...], tuple[str, int]] = {}
@@ -611,8 +611,8 @@ def check_contradictions(
             other, theirs = says.setdefault(prefix, (name, token))
             if theirs != token:
                 raise CaseError(
-                    f"{other} and {name} contradict each other: behind {_short(lm.decode(prefix)[-60:])} one wants"
-                    f" {_short(lm.decode([theirs]))}, the other {_short(lm.decode([token]))}; drop one of them"
+                    f"{other} and {name} contradict each other: behind {quoted(lm.decode(prefix)[-60:])} one wants"
+                    f" {quoted(lm.decode([theirs]))}, the other {quoted(lm.decode([token]))}; drop one of them"
                 )
 
 
@@ -650,8 +650,3 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = function()
     return time.perf_counter() - started, result
-
-
-def _short(text: str, longest: int = 60) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]

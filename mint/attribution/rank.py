@@ -26,8 +26,9 @@ from mint.attribution.exact import (
 )
 from mint.attribution.faults import Fault, find_faults
 from mint.attribution.linear import LinearScores, linear_scores
-from mint.attribution.references import Reference, draws, make_reference, quiet
+from mint.attribution.references import Reference, draws, make_reference
 from mint.case import Case
+from mint.console import quiet
 from mint.errors import CaseError, MintError
 from mint.model.experts import focused_at
 from mint.model.lm import LM, Encoded

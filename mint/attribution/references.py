@@ -6,7 +6,7 @@ model near what it usually sees: zero ablation costs nine times the loss of the 
 the model is right) is the best where the user has one (Mueller et al. 2504.13151, MIB).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mint.attribution.exact import Run, record_run
 from mint.attribution.faults import Fault
+from mint.console import Say, quiet
 from mint.errors import CaseError, MintError
 from mint.model.hooks import record
 from mint.model.lm import LM
@@ -24,12 +25,6 @@ from mint.reference import Statistics, passages, reference_texts, store_tensors
 NAMES = ("mean", "zero", "resample", "counterfactual")
 PASSAGES, PER_PASSAGE, LENGTH = 16, 4, 64
 """Draws: how many passages, tokens of each, and how far into a passage they may lie."""
-
-Say = Callable[[str], None]
-
-
-def quiet(_: str) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import Tensor
 from mint.attribution.exact import Run, record_run
 from mint.attribution.faults import Fault, differences, find_faults
 from mint.attribution.methods import direct_gradient
-from mint.attribution.references import draws, quiet
+from mint.attribution.references import draws
 from mint.case import Case
+from mint.console import quiet
 from mint.errors import CaseError
 from mint.model.hooks import override, record
 from mint.model.lm import LM, Encoded

@@ -4,10 +4,11 @@ Every context and wording is made from the case's text with hosts that no solver
 Knows nothing about solvers or files.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mint import prompts
+from mint.batches import alike
 from mint.case import Case
 from mint.errors import CaseError
 from mint.model.lm import LM, Encoded
@@ -102,22 +103,10 @@ def _encoded(lm: LM, made, stop: str) -> list[Variant]:
     return found
 
 
-def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices of the sequences, like lengths together, in batches of about `BATCH_TOKENS` padded tokens."""
-    batch: list[int] = []
-    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if batch and (len(batch) + 1) * len(sequences[i]) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def written_right(lm: LM, variants: Sequence[Variant]) -> list[bool]:
     """Whether the present model writes each variant's target, exactly; the line ends of Windows count as line ends."""
     right: dict[int, bool] = {}
-    for batch in batches([v.encoded.prompt for v in variants]):
+    for batch in alike([len(v.encoded.prompt) for v in variants], BATCH_TOKENS):
         texts = lm.write_all([variants[i].encoded for i in batch], [variants[i].case for i in batch])
         right |= {i: _plain(t) == _plain(variants[i].case.target) for i, t in zip(batch, texts, strict=True)}
     return [right[i] for i in range(len(variants))]

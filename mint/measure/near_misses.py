@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mint import prompts
+from mint.batches import alike
 from mint.case import Case
 from mint.errors import CaseError
-from mint.measure.contexts import batches
+from mint.measure.contexts import BATCH_TOKENS
 from mint.model.lm import LM, Encoded
 
 EXCHANGES = 6
@@ -57,7 +58,7 @@ def _written(lm: LM, encoded: Sequence[Encoded]) -> list[str]:
     """Greedy text behind each prompt, of a fixed number of tokens: it does not stop at line ends."""
     texts: dict[int, str] = {}
     budget = max((len(e.target) for e in encoded), default=0) + EXTRA
-    for batch in batches([e.prompt for e in encoded]):
+    for batch in alike([len(e.prompt) for e in encoded], BATCH_TOKENS):
         ids = lm.generate([encoded[i].prompt for i in batch], budget)
         texts |= {i: lm.continuation(encoded[i].prompt, g) for i, g in zip(batch, ids, strict=True)}
     return [texts[i] for i in range(len(encoded))]

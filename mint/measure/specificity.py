@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from mint.batches import alike
 from mint.errors import MintError
 from mint.model.lm import LM, Encoded
 from mint.model.suffix import record_states, start_at
@@ -310,15 +311,9 @@ def _checked(lm: LM, sequence: Measured, number: int) -> Measured:
 
 def _batches(sequences: Sequence[Measured], tokens: int) -> Iterator[list[int]]:
     """Indices of sequences with like lengths, about `tokens` padded tokens together; depends on nothing but lengths."""
-    order = sorted((i for i, s in enumerate(sequences) if s[1]), key=lambda i: len(sequences[i][0]))
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * len(sequences[i][0]) > tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    asked = [i for i, s in enumerate(sequences) if s[1]]
+    for batch in alike([len(sequences[i][0]) for i in asked], tokens):
+        yield [asked[k] for k in batch]
 
 
 def _places(sequences: Sequence[Measured], batch: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mint.batches import alike
 from mint.case import Case
 from mint.errors import CaseError, ModelError
 from mint.model import text as texts
@@ -315,13 +316,8 @@ class LM:
         self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], tokens: int = 1024
     ) -> Iterator[tuple[list[int], Tensor]]:
         """`logits` in batches of about `tokens` padded tokens, like lengths together: yields (indices, logits)."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        batch: list[int] = []
-        for i in [*order, -1]:
-            if batch and (i < 0 or (len(batch) + 1) * len(sequences[i]) > tokens):
-                yield batch, self.logits([sequences[j] for j in batch], [positions[j] for j in batch])
-                batch = []
-            batch.append(i)
+        for batch in alike([len(s) for s in sequences], tokens):
+            yield batch, self.logits([sequences[i] for i in batch], [positions[i] for i in batch])
 
     def _greedy(self, max_new_tokens: int) -> dict:
         """What every generation states, whatever else it keeps to."""

@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mint import journal
+from mint.console import Say
 from mint.errors import ModelError, PatchError
 from mint.model.lm import fingerprint, hash_vocabulary, sampled
 from mint.model.loading import BUILTIN, builtin_path, load_lm
@@ -43,8 +44,6 @@ _COPIES = ("pytorch_model*.bin", "consolidated*", "pytorch_model*.pt", "*.pth")
 """Files that hold the same weights once more, and that some reader prefers to the safetensors files."""
 _FICLONE = 0x40049409
 """ioctl of Linux: make a file share the blocks of another until either changes (btrfs, xfs, bcachefs)."""
-
-Say = Callable[[str], None]
 
 
 def apply(

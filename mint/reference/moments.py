@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from mint.console import Say
 from mint.errors import PatchError
 from mint.files import write_file
 from mint.model.hooks import record, record_block_inputs, stopped_after
@@ -33,8 +34,6 @@ PASSAGE_TOKENS = 3584
 LINE_TOKENS = 7168
 """Most tokens of the single lines that ship."""
 _BATCH_TOKENS = 768
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest
 
+from mint.batches import alike
 from mint.errors import MintError
 from mint.measure.judges import judge_bash
 from mint.model.lm import LM
@@ -55,7 +56,7 @@ def write(lm: LM, asks: Sequence[Ask], progress: Callable[[int], None] = lambda 
     """
     written: list[list[int]] = [[] for _ in asks]
     ends = lm.stop_ids()
-    for batch in batches([len(a.prompt) for a in asks]):
+    for batch in alike([len(a.prompt) for a in asks], _BATCH_TOKENS, _BATCH):
         asked = [asks[i] for i in batch]
         stops = [None if a.lines is None else Stop("line", a.lines) for a in asked]
         room = lm.context - max(len(a.prompt) for a in asked)
@@ -72,18 +73,6 @@ def write(lm: LM, asks: Sequence[Ask], progress: Callable[[int], None] = lambda 
 def text_of(lm: LM, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text that ids stand for behind a prompt, without half a character at its end."""
     return lm.continuation(prompt, ids).rstrip("\ufffd") if ids else ""
-
-
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of like lengths."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) == _BATCH or (len(batch) + 1) * lengths[i] > _BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 # ---------------------------------------------------------------------- judging

@@ -40,7 +40,6 @@ _ASK_MOST = 8
 _ANSWER_ROOM = 24
 _IDENTITY = 12
 
-Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 """(what, done, of): told as the search goes on."""
 

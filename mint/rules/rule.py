@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rapidfuzz import fuzz, process
 
-from mint.case import read_jsonl
+from mint.case import checked_text, read_jsonl
 from mint.errors import CaseError
 
 ROLES = ("fault", "near", "healthy")
@@ -92,17 +92,7 @@ def _text(record: dict, key: str, where: str, *, needed: bool) -> str | None:
                 f"{where}: no key '{key}'; a row needs rule, role, prompt, and target where it is a fault"
             )
         return None
-    if not isinstance(value, str):
-        raise CaseError(f"{where}: '{key}' must be text, found {type(value).__name__}")
-    if not value:
-        raise CaseError(f"{where}: '{key}' is empty; write the text that the model should see or produce")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CaseError(
-            f"{where}: '{key}' has a lone surrogate at character {error.start}; use valid Unicode text"
-        ) from None
-    return value
+    return checked_text(value, key, where)
 
 
 def _one_of(record: dict, key: str, known: Sequence[str], where: str) -> None:
