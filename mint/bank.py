@@ -6,7 +6,7 @@ nothing about the command line.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from mint.errors import PatchError
 from mint.files import write_file
+from mint.model.experts import focused
 from mint.model.hooks import record as record_neurons
 from mint.model.lm import LM
 from mint.patch import Patch, applied, compose, load, save
@@ -72,12 +73,17 @@ def patches(bank: str | Path, names: Sequence[str] = ()) -> dict[str, Patch]:
 
 
 def add(
-    bank: str | Path, file: str | Path, name: str | None = None, note: str = "", lm: LM | None = None
+    bank: str | Path,
+    file: str | Path,
+    name: str | None = None,
+    note: str = "",
+    lm: LM | None = None,
+    idle: Callable[[int], Sequence[int]] = lambda layer: (),
 ) -> tuple[Entry, list[Move]]:
     """Copy a patch file into a bank (made where there is none); returns its entry, and what moved. name: default the file's.
 
     lm: the model without any patch; with it, a rewrite that took the same idle neuron as an earlier one moves to another,
-    so that the patches of a bank always go together. Raises `PatchError` if the name or the patch is there already, if its
+    so that the patches of a bank always go together. idle: see `relocate`. Raises `PatchError` if the name or the patch is there already, if its
     cases contradict those of another, or if it collides.
     """
     bank, file = Path(bank), Path(file)
@@ -97,7 +103,7 @@ def add(
     before = list(patches(bank).values()) if listed else []
     moves: list[Move] = []
     if lm is not None:
-        (*_, patch), moves = relocate(lm, [*before, patch])
+        (*_, patch), moves = relocate(lm, [*before, patch], idle)
     elif collisions([*before, patch]):
         raise PatchError(
             f"{file} changes a neuron that another patch of {bank} changes; add it with --model, so that it can move to"
@@ -135,17 +141,27 @@ def check(lm: LM, found: dict[str, Patch], elsewhere: Sequence[Sequence[int]] = 
     with applied(lm, compose(list(found.values()))):
         answers = {n: ask_patch(lm, p) for n, p in found.items()}
         own = {n: [e.ids for e in encoded(lm, p)] for n, p in found.items()}
-        fires = {n: _fires(lm, n, p, own, elsewhere) for n, p in found.items()}
+        fires = {n: _fires(_watched(lm, p), n, p, own, elsewhere) for n, p in found.items()}
     return Checked(answers, fires)
 
 
+def _watched(lm: LM, patch: Patch) -> LM:
+    """The model with the experts that a patch edits as blocks of their own; a dense model as it is."""
+    chosen: dict[int, set[int]] = {}
+    for edit in patch.edits:
+        if edit.expert is not None:
+            chosen.setdefault(edit.layer, set()).add(edit.expert)
+    return focused(lm, {layer: sorted(numbers) for layer, numbers in chosen.items()})
+
+
 @torch.no_grad()
-def _loudest(lm: LM, patch: Patch, ids: Sequence[int]) -> dict[tuple[int, int], float]:
+def _loudest(lm: LM, patch: Patch, ids: Sequence[int]) -> dict[tuple[int, int, int], float]:
     """Largest activation of each of a patch's neurons over a text."""
     layers = sorted({e.layer for e in patch.edits})
+    numbers = {e.place: lm.number(e.layer, e.index, e.expert) for e in patch.edits}
     with record_neurons(lm, layers) as seen:
         lm.logits([list(ids)], [[0]])
-    return {(e.layer, e.index): float(seen[e.layer][0, :, e.index].abs().max()) for e in patch.edits}
+    return {place: float(seen[place[0]][0, :, number].abs().max()) for place, number in numbers.items()}
 
 
 def _fires(
@@ -157,13 +173,10 @@ def _fires(
         "elsewhere": list(elsewhere),
     }
     loud = {where: [_loudest(lm, patch, ids) for ids in many] for where, many in texts.items()}
-    top = {place: max((seen[place] for seen in loud["own"]), default=0.0) for place in _places(patch)}
+    places = [e.place for e in patch.edits]
+    top = {place: max((seen[place] for seen in loud["own"]), default=0.0) for place in places}
     return {
         where: sum(any(seen[p] > FIRES * top[p] for p in top) for seen in many) / len(many)
         for where, many in loud.items()
         if many
     }
-
-
-def _places(patch: Patch) -> list[tuple[int, int]]:
-    return [(e.layer, e.index) for e in patch.edits]

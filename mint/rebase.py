@@ -6,10 +6,11 @@ import torch
 
 from mint.case import Case
 from mint.console import Say
-from mint.errors import PatchError
+from mint.errors import LayoutError, PatchError
+from mint.model.experts import focused
 from mint.model.lm import LM
 from mint.patch import NeuronEdit, Patch
-from mint.patch.record import cases_of
+from mint.patch.record import cases_of, places_named
 from mint.session import Outcome, Prepare, Wishes, repair
 from mint.solver.problem import Problem, Settings, Solution
 from mint.solver.solve import solve, solve_at
@@ -40,9 +41,12 @@ def rebase(lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = l
     places = _places(patch)
 
     def again(lm: LM, problem: Problem, settings: Settings) -> Solution:
-        old = [p for p in places.get(problem.case.id, []) if p not in problem.used and _fits(lm, p)]
-        if old and len({layer for layer, _ in old}) == 1:
-            found = solve_at(lm, problem, settings, old)
+        known = places.get(problem.case.id, [])
+        old = [p for p in known if (p[0], p[2]) not in problem.used and _fits(lm, p)]
+        if old and len({place[:2] for place in old}) == 1:
+            layer, expert, _ = old[0]
+            view = lm if expert < 0 else focused(lm, {layer: [expert]})
+            found = solve_at(view, problem, settings, [(layer, index) for layer, _, index in old])
             if found.change is not None:
                 return found
         return solve(lm, problem, settings)
@@ -51,8 +55,14 @@ def rebase(lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = l
     return Rebased(outcome, tuple(_moved(patch, places, outcome, case) for case in cases))
 
 
-def _fits(lm: LM, place: tuple[int, int]) -> bool:
-    return place[0] < lm.n_layers and place[1] < lm.block(place[0]).d_ff
+def _fits(lm: LM, place: tuple[int, int, int]) -> bool:
+    """Whether the model has the neuron at all."""
+    layer, expert, index = place
+    try:
+        lm.layout.slices(layer, index, None if expert < 0 else expert)
+    except LayoutError:
+        return False
+    return True
 
 
 def _settings(patch: Patch) -> Settings:
@@ -68,15 +78,13 @@ def _settings(patch: Patch) -> Settings:
         return Settings()
 
 
-def _places(patch: Patch) -> dict[str, list[tuple[int, int]]]:
-    """Case id -> its neurons; of a patch with one case, all neurons."""
+def _places(patch: Patch) -> dict[str, list[tuple[int, int, int]]]:
+    """Case id -> its neurons, (layer, expert or -1, index); of a patch with one case, all neurons."""
     records = [c for c in patch.info.get("cases") or [] if isinstance(c, dict)]
-    every = [(e.layer, e.index) for e in patch.edits]
+    every = [e.place for e in patch.edits]
     found = {}
     for record in records:
-        listed = [n for n in record.get("neurons") or [] if isinstance(n, dict)]
-        named = [(n.get("layer"), n.get("index")) for n in listed]
-        found[str(record.get("id"))] = [p for p in named if p in every] or (
+        found[str(record.get("id"))] = [p for p in places_named(record) if p in every] or (
             every if len(records) == 1 else []
         )
     return found
@@ -84,14 +92,14 @@ def _places(patch: Patch) -> dict[str, list[tuple[int, int]]]:
 
 def _moved(patch: Patch, places: dict, outcome: Outcome, case: Case) -> dict:
     done = next(r for r in outcome.repairs if r.case.id == case.id)
-    new = {(e.layer, e.index): e for e in (done.patch.edits if done.patch else ())}
-    old = {(e.layer, e.index): e for e in patch.edits if (e.layer, e.index) in places.get(case.id, [])}
+    new = {e.place: e for e in (done.patch.edits if done.patch else ())}
+    old = {e.place: e for e in patch.edits if e.place in places.get(case.id, [])}
     stayed = sorted(new.keys() & old.keys())
     return {
         "id": case.id,
-        "before": [list(p) for p in old],
-        "after": [list(p) for p in new],
-        "stayed": [list(p) for p in stayed],
+        "before": [e.named() for e in old.values()],
+        "after": [e.named() for e in new.values()],
+        "stayed": [new[p].named() for p in stayed],
         "cosine": [round(_cosine(old[p], new[p]), 4) for p in stayed],
         "needed": done.patch is not None or done.reason is not None,
         "reason": done.reason,

@@ -64,8 +64,15 @@ def test_value_edits_of_one_neuron_are_a_real_conflict(lm):
 
 def test_without_a_free_neuron_the_way_out_is_named(lm):
     pair = [random_patch(lm, [(1, 7, "rewrite")], seed=s) for s in (1, 2)]
-    with pytest.raises(PatchError, match="names no free neuron .*mint repair --patch"):
+    with pytest.raises(PatchError, match="no other neuron is known for patch 2 .*mint repair --patch"):
         relocate(lm, pair)
+
+
+def test_a_patch_that_names_no_neuron_moves_to_an_idle_one(lm):
+    pair = [random_patch(lm, [(1, 7, "rewrite")], seed=s) for s in (1, 2)]
+    asked = []
+    _, (move,) = relocate(lm, pair, lambda layer: asked.append(layer) or [7, 30])
+    assert asked == [1] and move.to == 30
 
 
 def test_contradicting_cases_are_found(lm):

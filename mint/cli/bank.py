@@ -43,13 +43,17 @@ def add(
     from dataclasses import asdict
 
     from mint import bank as banks
+    from mint.reference import idle_neurons
 
     with console.working() as say:
         lm = None if model is None else o.load(model, "cpu", "auto", say=say)[0]
-        entry, moves = banks.add(bank, patch, name, note, lm)
+        idle = (lambda layer: ()) if lm is None else idle_neurons(lm, say)
+        entry, moves = banks.add(bank, patch, name, note, lm, idle)
     if as_json:
         console.print_json({"bank": str(bank), "moved": [asdict(m) for m in moves]} | asdict(entry))
     else:
+        for move in moves:
+            console.note(f"{patch}: {move.told}")
         console.print_result(f"{entry.name}\n")
     return 0
 

@@ -107,6 +107,7 @@ def compose(
         if model is not None:
             from mint.patch import record
             from mint.patch.relocate import relocate
+            from mint.reference import idle_neurons
 
             if clash := record.contradictions(read):
                 one, other = clash[0]
@@ -115,7 +116,7 @@ def compose(
                     f" {one.target!r} and {other.target!r}; leave one of the patches out"
                 )
             lm, _ = o.load(model, device, dtype, say=say)
-            read, moves = relocate(lm, read)
+            read, moves = relocate(lm, read, idle_neurons(lm, say))
             whole = patches.compose(read)
             say("generating behind every recorded prompt")
             with patches.applied(lm, whole):
@@ -133,14 +134,14 @@ def compose(
     where = patches.save(whole, out, force=force)
     result = {
         "moved": [
-            {"patch": str(patch[m.patch]), "layer": m.layer, "index": m.index, "to": m.to} for m in moves
+            {"patch": str(patch[m.patch]), "layer": m.layer, "index": m.index, "to": m.to}
+            | ({} if m.expert is None else {"expert": m.expert})
+            for m in moves
         ],
         "cases": [a.to_json() for a in answers],
     }
     for move in moves if not as_json else []:
-        console.note(
-            f"{patch[move.patch]}: layer {move.layer}, neuron {move.index} moved to neuron {move.to}"
-        )
+        console.note(f"{patch[move.patch]}: {move.told}")
     return _written(whole, where, as_json, result)
 
 
@@ -194,7 +195,8 @@ def diff(
         console.print_json({"first": str(first), "second": str(second), "neurons": rows})
         return 0
     for row in rows:
-        place = f"layer {row['layer']}, neuron {row['index']}: {row['kind']}"
+        owner = f", expert {row['expert']}" if "expert" in row else ""
+        place = f"layer {row['layer']}{owner}, neuron {row['index']}: {row['kind']}"
         if row["only"]:
             told = f"only in {first if row['only'] == 1 else second}"
         elif row["same"]:
@@ -272,6 +274,7 @@ def log(
       mint log ./my-model
     """
     from mint.patch import provenance
+    from mint.patch.provenance import named_place
 
     if not model.is_dir():
         raise MintError(f"{model}: no such directory; give a model directory")
@@ -281,7 +284,7 @@ def log(
         return 0
     for entry in listed:
         neurons = [n for n in entry.get("neurons") or [] if isinstance(n, dict)]
-        places = ", ".join(f"layer {n.get('layer')} neuron {n.get('index')}" for n in neurons)
+        places = "; ".join(map(named_place, neurons))
         console.print_result(f"{str(entry.get('sha256'))[:16]}  {entry.get('applied', '')}  {places}\n")
         for case in entry.get("cases") or []:
             if isinstance(case, dict):

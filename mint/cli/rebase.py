@@ -8,6 +8,7 @@ import typer
 from mint import console
 from mint.cli import options as o
 from mint.errors import NoRepair
+from mint.patch.provenance import named_place
 
 
 def rebase(
@@ -79,8 +80,8 @@ def rebase(
     return 0
 
 
-def _list(places: list) -> str:
-    return ", ".join(f"{layer}.{index}" for layer, index in places)
+def _list(neurons: list[dict]) -> str:
+    return "; ".join(map(named_place, neurons))
 
 
 def register(app: typer.Typer) -> None:

@@ -156,6 +156,15 @@ class LM:
             number -= block.d_ff
         raise IndexError(f"layer {layer} has {self.d_ff(layer)} neurons")
 
+    def number(self, layer: int, index: int, expert: int | None = None) -> int:
+        """The number of a neuron through all blocks of its layer, the inverse of `place`."""
+        before = 0
+        for block in self.layout.blocks_of(layer):
+            if block.expert == expert:
+                return before + index
+            before += block.d_ff
+        raise IndexError(f"layer {layer} has no block of expert {expert}")
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and of a fixed sample of weights that mint never edits (embedding, final norm)."""

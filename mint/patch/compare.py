@@ -11,6 +11,7 @@ from mint.errors import PatchError
 from mint.model.lm import LM
 from mint.patch.edit import NeuronEdit, Patch, identity, read_neuron, same_bits, versions
 from mint.patch.names import describe
+from mint.patch.record import places_named
 
 MOST = 1000
 """Neurons that two models may differ in and still be told apart by a patch."""
@@ -18,11 +19,11 @@ MOST = 1000
 
 def diff(one: Patch, other: Patch) -> list[dict]:
     """What two patches change differently, a row a neuron: `only` (1 or 2), or how far apart they are where both change it."""
-    mine, theirs = ({(e.layer, e.index): e for e in p.edits} for p in (one, other))
+    mine, theirs = ({e.place: e for e in p.edits} for p in (one, other))
     rows = []
     for place in sorted(mine.keys() | theirs.keys()):
         a, b = mine.get(place), theirs.get(place)
-        row: dict = {"layer": place[0], "index": place[1]}
+        row: dict = {"layer": place[0], "index": place[2]} | ({"expert": place[1]} if place[1] >= 0 else {})
         if a is None or b is None:
             rows.append(row | {"only": 2 if a is None else 1, "kind": (a or b).kind})
             continue
@@ -46,20 +47,21 @@ def split(patch: Patch) -> list[Patch]:
     Raises `PatchError` where a neuron belongs to two cases or to none: those cannot be taken apart.
     """
     cases = [c for c in patch.info.get("cases") or [] if isinstance(c, dict)]
-    owners: dict[tuple[int, int], list[int]] = {(e.layer, e.index): [] for e in patch.edits}
+    owners: dict[tuple[int, int, int], list[int]] = {e.place: [] for e in patch.edits}
     for number, case in enumerate(cases):
-        for n in case.get("neurons") or []:
-            if isinstance(n, dict) and (n.get("layer"), n.get("index")) in owners:
-                owners[n["layer"], n["index"]].append(number)
-    for (layer, index), who in owners.items():
+        for place in places_named(case):
+            if place in owners:
+                owners[place].append(number)
+    for edit in patch.edits:
+        who = owners[edit.place]
         if len(who) != 1:
             told = "no case" if not who else " and ".join(repr(cases[n].get("id")) for n in who)
             raise PatchError(
-                f"layer {layer}, neuron {index} belongs to {told}, so the patch cannot be taken apart there; keep it whole"
+                f"{edit.where} belongs to {told}, so the patch cannot be taken apart there; keep it whole"
             )
     parts = []
     for number, case in enumerate(cases):
-        edits = tuple(e for e in patch.edits if owners[e.layer, e.index] == [number])
+        edits = tuple(e for e in patch.edits if owners[e.place] == [number])
         if edits:
             kept = {k: v for k, v in patch.info.items() if k not in ("cases", "composed_from", "measured")}
             parts.append(replace(patch, edits=edits, info=kept | {"cases": [case]}))
@@ -78,19 +80,21 @@ def between(before: LM, after: LM) -> Patch:
             f"{before.name} and {after.name} differ in their embeddings, shapes or dtypes, so one is no patched copy of the"
             " other; give two copies of one model"
         )
-    found: dict[tuple[int, int], None] = {}
+    found: dict[tuple[int, int, int], None] = {}
     inside: set[str] = set()
-    for block in before.layout.blocks:
+    routed = [e.block(number) for e in before.layout.experts.values() for number in range(e.count)]
+    for block in [*(b for b in before.layout.blocks if b.expert is None), *routed]:
         for role, where in block.slices(0).items():
             inside.add(where.parameter)
-            a, b = before.parameter(where.parameter).data, after.parameter(where.parameter).data
+            a, b = (lm.parameter(where.parameter).data for lm in (before, after))
+            if where.expert is not None:
+                a, b = a[where.expert], b[where.expert]
             moved = (a != b) if a.dim() == 1 else (a != b).any(1 - where.axis)
-            rows = block.gate if role.startswith("gate") else block.up
-            first, step = (0, 1) if role == "out" or rows is None else (rows.offset, rows.stride)
+            first, step = where.index, block.slices(1)[role].index - where.index
             for unit in moved.nonzero().flatten().tolist():
                 index, rest = divmod(unit - first, step)
                 if not rest and 0 <= index < block.d_ff:
-                    found[block.layer, index] = None
+                    found[block.layer, -1 if block.expert is None else block.expert, index] = None
     others = [
         n
         for n, p in before.model.named_parameters()
@@ -106,18 +110,19 @@ def between(before: LM, after: LM) -> Patch:
             f"{before.name} and {after.name} differ in {len(found)} neurons; a patch needs 1 to {MOST}, give two copies of"
             " one model, one of them patched"
         )
-    edits = tuple(_edit(before, after, layer, index) for layer, index in sorted(found))
+    edits = tuple(_edit(before, after, *place) for place in sorted(found))
     base = identity(before) | {"layout": describe(before)}
     return Patch(
         edits, base, {"cases": [], "recovered_from": [before.name, after.name], "versions": versions()}
     )
 
 
-def _edit(before: LM, after: LM, layer: int, index: int) -> NeuronEdit:
-    old, new = read_neuron(before, layer, index), read_neuron(after, layer, index)
+def _edit(before: LM, after: LM, layer: int, number: int, index: int) -> NeuronEdit:
+    expert = None if number < 0 else number
+    old, new = (read_neuron(lm, layer, index, expert=expert) for lm in (before, after))
     if all(same_bits(old[r], new[r]) for r in old if r != "out"):
-        return NeuronEdit(layer, index, "value", {"out": old["out"]}, {"out": new["out"]})
-    return NeuronEdit(layer, index, "rewrite", old, new)
+        return NeuronEdit(layer, index, "value", {"out": old["out"]}, {"out": new["out"]}, expert)
+    return NeuronEdit(layer, index, "rewrite", old, new, expert)
 
 
 def names_of(parts: Sequence[Patch], folder: Path) -> list[Path]:

@@ -103,21 +103,27 @@ def _view(lm: LM, where: Slice) -> Tensor:
     return where.of(lm.parameter(where.parameter).data)
 
 
-def read_neuron(lm: LM, layer: int, index: int, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Copies (on CPU) of a neuron's present weights by role; all roles by default."""
-    return _read(lm, lm.block(layer).slices(index), roles)
+def read_neuron(
+    lm: LM, layer: int, index: int, roles: Sequence[str] | None = None, expert: int | None = None
+) -> dict[str, Tensor]:
+    """Copies (on CPU) of a neuron's present weights by role; all roles by default.
 
-
-def _read(lm: LM, slices: dict[str, Slice], roles: Sequence[str] | None) -> dict[str, Tensor]:
+    expert: number of the routed expert that it belongs to; None for the block that the layer has in `lm`.
+    """
+    slices = lm.block(layer).slices(index) if expert is None else lm.layout.slices(layer, index, expert)
     return {r: _view(lm, s).detach().cpu().clone() for r, s in slices.items() if roles is None or r in roles}
 
 
-def make_edit(lm: LM, layer: int, index: int, after: dict[str, Tensor]) -> NeuronEdit:
-    """An edit from the present weights to `after`, rounded to the model's dtype."""
-    before = read_neuron(lm, layer, index, tuple(after))
+def make_edit(
+    lm: LM, layer: int, index: int, after: dict[str, Tensor], expert: int | None = None
+) -> NeuronEdit:
+    """An edit from the present weights to `after`, rounded to the model's dtype. expert: see `read_neuron`."""
+    before = read_neuron(lm, layer, index, tuple(after), expert)
     rounded = {role: after[role].detach().cpu().to(before[role].dtype).clone() for role in before}
     kind = "value" if set(after) == {"out"} else "rewrite"
-    return NeuronEdit(layer, index, kind, before, rounded, lm.block(layer).expert)
+    return NeuronEdit(
+        layer, index, kind, before, rounded, lm.block(layer).expert if expert is None else expert
+    )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

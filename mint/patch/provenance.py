@@ -80,6 +80,12 @@ def texts_after(folder: Path, patch: Patch, verb: str, card: bool) -> dict[str, 
     return found
 
 
+def named_place(neuron: dict) -> str:
+    """A listed neuron for people."""
+    owner = f", expert {neuron['expert']}" if "expert" in neuron else ""
+    return f"layer {neuron.get('layer')}{owner}, neuron {neuron.get('index')}"
+
+
 def _split(card: str) -> tuple[str, str]:
     """A model card without mint's section, and the section."""
     begin, end = card.find(_BEGIN), card.find(_END)
@@ -100,9 +106,7 @@ def _section(listed: list[dict], behind: bool) -> str:
     ]
     for entry in listed:
         neurons = entry.get("neurons") if isinstance(entry.get("neurons"), list) else []
-        places = ", ".join(
-            f"layer {n.get('layer')} neuron {n.get('index')}" for n in neurons if isinstance(n, dict)
-        )
+        places = "; ".join(named_place(n) for n in neurons if isinstance(n, dict))
         lines.append(f"- `{str(entry.get('sha256'))[:16]}`: {places}")
         for case in entry.get("cases") or []:
             if isinstance(case, dict) and "target" in case:

@@ -47,6 +47,14 @@ def cases_of(patch: Patch) -> list[Case]:
     return found
 
 
+def places_named(record: dict) -> list[tuple[int, int, int]]:
+    """The neurons that the record of a case or a rule names, as `NeuronEdit.place` does; what names none is left out."""
+    listed = record.get("neurons")
+    named = [n for n in (listed if isinstance(listed, list) else []) if isinstance(n, dict)]
+    places = [(n.get("layer"), n.get("expert", -1), n.get("index")) for n in named]
+    return [place for place in places if all(type(number) is int for number in place)]
+
+
 def promised(patch: Patch) -> list[Case]:
     """All that a patch promises: its cases, and the learn prompts of its rules, each a case that ends nowhere."""
     found = cases_of(patch)

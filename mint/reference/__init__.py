@@ -1,5 +1,6 @@
 """Reference text and what a model makes of it."""
 
+from mint.reference.idle import idle_neurons, nearly_free, written_energy
 from mint.reference.moments import (
     Statistics,
     reference_key,
@@ -12,6 +13,8 @@ from mint.reference.texts import WINDOW, passages, reference_digest, reference_l
 __all__ = [
     "WINDOW",
     "Statistics",
+    "idle_neurons",
+    "nearly_free",
     "passages",
     "reference_digest",
     "reference_key",
@@ -20,4 +23,5 @@ __all__ = [
     "sample_layers",
     "statistics",
     "store_tensors",
+    "written_energy",
 ]

@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from mint.model.lm import LM
 from mint.model.margins import margins, margins_of
 from mint.model.precision import fast
 from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, read_neuron, versions
-from mint.reference import Statistics, sample_layers, statistics
+from mint.reference import Statistics, nearly_free, sample_layers, statistics, written_energy
 from mint.solver.column import Trial, fit_columns, fit_levels_too, shrink
 from mint.solver.gate import Background, InputRows, Inputs, fit_rows
 from mint.solver.inputs import inputs_behind, inputs_of
@@ -48,8 +48,6 @@ MANY = 20
 """Earlier repairs at which the dial is halved."""
 SPARE = 16
 """How many of them a patch names."""
-IDLE = 96
-"""One in so many neurons of a layer counts as idle: the quietest on reference text."""
 HEARD = 0.02
 """Least activation, as a share of that at the fault, for which a kept output or an earlier repair is looked at again."""
 OPENING = 3
@@ -192,14 +190,9 @@ class _Carrier:
     """Linear effect of silencing it on the faults; negative: it is behind them."""
 
 
-def _written(task: _Task, layer: int) -> Tensor:
-    """Energy that each neuron of a layer writes on reference text, E[n^2] |column|^2, [d_ff]."""
-    return task.stats.neurons_energy[layer] * task.lm.columns(layer).float().square().sum(1).cpu()
-
-
 def _energies(task: _Task, layer: int) -> Tensor:
-    """The same as shares of the layer's sum."""
-    energy = _written(task, layer)
+    """`written_energy` as shares of the layer's sum."""
+    energy = written_energy(task.lm, task.stats, layer)
     return energy / energy.sum().clamp_min(1e-30)
 
 
@@ -221,13 +214,12 @@ def _blame(task: _Task, layers: Sequence[int]) -> list[Tensor]:
     ]
 
 
-def _nearly_free(task: _Task, energies: Tensor, free: Tensor) -> list[int]:
+def _nearly_free(task: _Task, energies: Tensor, used: Collection[int]) -> list[int]:
     """The idle neurons of a layer that cost next to nothing, in an order that hangs on the case alone.
 
     So repairs that know nothing of each other rarely take the same neuron, and their patches can be put together.
     """
-    quiet = energies.masked_fill(~free, float("inf")).argsort()[: max(4, len(energies) // IDLE)].tolist()
-    quiet = [i for i in quiet if free[i]]
+    quiet = nearly_free(energies, used)
     case = task.problem.case
     random.Random(hashlib.sha256(f"{case.prompt}\0{case.target}".encode()).digest()).shuffle(quiet)
     return quiet
@@ -237,15 +229,14 @@ def _carriers(task: _Task, layer: int, blame: list[Tensor] | None, count: int) -
     """The `count` best neurons of a layer to rewrite: responsible and cheap ones first, then idle ones."""
     energies = _energies(task, layer)
     used = {index for at, index in task.problem.used if at == layer}
-    free = torch.tensor([i not in used for i in range(len(energies))])
     where = task.settings.where
     responsible: list[int] = []
     if blame is not None and where != "idle":
         order = blame[layer].argsort().tolist()
-        guilty = [i for i in order[:RESPONSIBLE] if blame[layer][i] < 0 and free[i]]
+        guilty = [i for i in order[:RESPONSIBLE] if blame[layer][i] < 0 and i not in used]
         guilty.sort(key=lambda i: float(energies[i]))
         responsible = guilty if where == "responsible" else [i for i in guilty if energies[i] <= CHEAP]
-    idle = [] if where == "responsible" else _nearly_free(task, energies, free)[:count]
+    idle = [] if where == "responsible" else _nearly_free(task, energies, used)[:count]
     chosen = [(i, "responsible") for i in responsible] + [(i, "idle") for i in idle if i not in responsible]
 
     def score(index: int) -> float | None:
@@ -440,7 +431,7 @@ def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Pa
         loud = torch.maximum(loud, rows.respond(around.guarded, act).abs() / rows.gain)
         answer = rows.respond(task.stats.sample[layer].float(), act) / rows.gain
         cost += float(answer.square().mean() * column.square().sum())
-        cost += float(_written(task, layer)[carrier.index])
+        cost += float(written_energy(task.lm, task.stats, layer)[carrier.index])
         edits.append(_rewrite(task.lm, carrier, rows, column))
     details = {
         "iterations": draft.iterations,
@@ -457,8 +448,9 @@ def _spare(task: _Task, layer: int, taken: set[int]) -> list[list[int]]:
     """Other neurons [layer, index] that could carry the repair as well, for when another patch wants this one."""
     energies = _energies(task, layer)
     used = taken | {index for at, index in task.problem.used if at == layer}
-    free = torch.tensor([i not in used for i in range(len(energies))])
-    return [[layer, i] for i in _nearly_free(task, energies, free)[:SPARE]]
+    expert = task.lm.block(layer).expert
+    owner = [] if expert is None else [expert]
+    return [[layer, i, *owner] for i in _nearly_free(task, energies, used)[:SPARE]]
 
 
 def _describe(carrier: _Carrier) -> dict:

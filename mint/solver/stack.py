@@ -72,5 +72,6 @@ class Stack:
 
 
 def neurons_of(patches: Sequence[Patch]) -> frozenset[tuple[int, int]]:
-    """(layer, index) of the neurons that patches change."""
+    """(layer, index) of the neurons that patches change. An index that one routed expert of a layer has given away is
+    left alone in all of them: nothing is short of neurons, and solvers see the block of one expert at a time."""
     return frozenset((e.layer, e.index) for p in patches for e in p.edits)
