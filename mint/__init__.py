@@ -1,4 +1,4 @@
-"""mint repairs one mistake of a deployed language model by changing one or two of its neurons.
+"""mint repairs a mistake or a habit of a deployed language model by changing one or two of its neurons.
 
     import mint
 
@@ -13,7 +13,7 @@ Names are imported on first use, so that `import mint` costs nothing.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Attribution": ("mint.attribution", "Attribution"),

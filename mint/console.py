@@ -1,29 +1,19 @@
 """What people see: tables and progress on stderr, results on stdout. Knows nothing about models.
 
 Progress moves only on a terminal; elsewhere stderr stays quiet but for tables and errors. Colours follow the terminal
-and NO_COLOR. Text that a model wrote is shown as text, never as markup, with control characters made visible.
+and NO_COLOR. Text that a model wrote is shown as text, never as markup, with control characters made visible. rich is
+imported where something is drawn, so that `mint --help` does not wait for it.
 """
 
 import json
 import sys
-import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Say = Callable[[str], None]
 
@@ -38,8 +28,10 @@ def quoted(text: str, longest: int = 60) -> str:
     return shown if len(shown) <= longest else shown[: longest - 2] + "…" + shown[0]
 
 
-def stderr() -> Console:
+def stderr() -> "Console":
     """The console for people. Made anew for each use, so that a redirected stderr is respected."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, soft_wrap=False)
 
 
@@ -72,6 +64,9 @@ def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numeric: Sequence[str] = ()
 ) -> None:
     """A table on stderr. numeric: columns to align on the right."""
+    from rich.table import Table
+    from rich.text import Text
+
     shown = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for column in columns:
         shown.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
@@ -82,52 +77,9 @@ def table(
 
 def note(text: str, style: str = "") -> None:
     """One line on stderr."""
+    from rich.text import Text
+
     stderr().print(Text(text, style=style))
-
-
-class Reporter:
-    """Tells what happens on one moving line: a spinner with the time so far, and a bar with the time left."""
-
-    def __init__(self, line: Progress):
-        self._line = line
-        self._task = line.add_task("starting", total=None)
-
-    def __call__(self, text: str) -> None:
-        """Say what is being done now, for which nobody knows how long it takes."""
-        self._line.update(self._task, description=text, total=None)
-
-    def progress(self, text: str, done: int, total: int) -> None:
-        """Say what is being done, and how much of it is: `done` of `total`, in any unit."""
-        if not done:  # begins anew: what came before says nothing about the speed of this
-            self._line.remove_task(self._task)
-            self._task = self._line.add_task("", total=total)
-        self._line.update(self._task, description=text, total=total, completed=done)
-
-
-class _Bar(BarColumn):
-    """A bar where it is known how much there is to do, nothing elsewhere."""
-
-    def render(self, task: Task) -> ProgressBar | Text:
-        return Text() if task.total is None else super().render(task)
-
-
-class _Left(TimeRemainingColumn):
-    """The time left, where it is known how much there is to do."""
-
-    def render(self, task: Task) -> Text:
-        left = None if task.total is None else task.time_remaining
-        return Text() if left is None else Text(f"{left:.0f} s left")
-
-
-class _Since(ProgressColumn):
-    """Seconds since the first task."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._started = time.monotonic()
-
-    def render(self, task: Task) -> Text:
-        return Text(f"({time.monotonic() - self._started:.0f} s)")
 
 
 @contextmanager
@@ -137,12 +89,7 @@ def working(show: bool = True) -> Iterator[Say]:
     if not show or not console.is_terminal:
         yield lambda _: None
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        _Bar(bar_width=20),
-        _Left(),
-        _Since(),
-    )
-    with Progress(*columns, console=console, transient=True) as line:
-        yield Reporter(line)
+    from mint.progress import reporting
+
+    with reporting(console) as say:
+        yield say

@@ -499,6 +499,18 @@ def test_help_has_an_example_and_imports_nothing_heavy(capsys, command):
     assert f"mint {' '.join(command)} " in done.stdout and "Example" in done.stdout
 
 
+def test_help_waits_for_nothing_that_it_does_not_need():
+    """`mint --help` takes less than a tenth of `import torch` as long as none of these is imported for it."""
+    heavy = "gguf jinja2 matplotlib numpy rich safetensors scipy tokenizers torch transformers".split()
+    code = (
+        "import sys; from mint.cli import main; rc = main(['--help']);"
+        f"sys.exit(' '.join(m for m in {heavy} if m in sys.modules) or rc)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mint [OPTIONS] COMMAND" in done.stdout
+
+
 def test_no_arguments_and_unknown_commands_are_usage_errors(capsys):
     assert run(capsys)[0] == 2
     code, out, err = run(capsys, "frobnicate")

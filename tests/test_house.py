@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors"},
-    {"batches", "case", "files", "journal"},
+    {"batches", "case", "files", "journal", "progress"},
     {"console", "fromdiff", "prompts"},
     {"model"},
     {"patch"},

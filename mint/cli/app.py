@@ -15,7 +15,7 @@ def _version(show: bool) -> None:
 
 app = typer.Typer(
     name="mint",
-    help="Repair one mistake of a causal language model by changing one or two of its neurons.",
+    help="Repair a mistake or a habit of a causal language model by changing one or two of its neurons.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -29,7 +29,7 @@ def _root(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    pass
+    import mint.model  # noqa: F401  # raises where transformers is too old, before that fails in its own words
 
 
 for group in (repair, rule, inspect, doctor, patches, bank, rebase, evaluate, cases):
@@ -38,8 +38,6 @@ for group in (repair, rule, inspect, doctor, patches, bank, rebase, evaluate, ca
 
 def run(argv: list[str]) -> int:
     """Run one command. Raises what goes wrong; `mint.cli.main` explains it."""
-    import mint.model  # noqa: F401  # raises where transformers is too old, before that fails in its own words
-
     try:
         code = typer.main.get_command(app).main(args=argv, prog_name="mint", standalone_mode=False)
     except typer.Abort:

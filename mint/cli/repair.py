@@ -11,7 +11,7 @@ from mint.cli import options as o
 from mint.cli.rule import Accept, Judges, check_options, repair_rules
 from mint.errors import MintError
 
-EXAMPLES = """Repair one mistake of a model with a patch of one or two neurons.
+EXAMPLES = """Repair a mistake or a habit of a model with a patch of one or two neurons.
 
 Either the repaired model really writes the target and the patch is written, or the exit code is 3, a reason is
 printed, and nothing changes. A prompt is taken as is; end a line of code with a newline ($'...' in bash).
