@@ -8,7 +8,6 @@ import typer
 from mint import console
 from mint.cli import options as o
 from mint.errors import NoRepair
-from mint.patch.provenance import named_place
 
 
 def rebase(
@@ -81,6 +80,8 @@ def rebase(
 
 
 def _list(neurons: list[dict]) -> str:
+    from mint.patch.provenance import named_place
+
     return "; ".join(map(named_place, neurons))
 
 
