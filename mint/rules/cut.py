@@ -61,13 +61,13 @@ def encode_row(lm: LM, row: Row) -> tuple[Row, Cut]:
     the cut moves back to the last common token, and the text between goes over to target and wrong. A `near` row
     without a target has an empty one here. Raises `Uncuttable`.
     """
-    if row.target is None and row.wrong is None:
-        prompt = _encode(lm, row.prompt)
+    prompt = _encode(lm, row.prompt)
+    if row.target is not None:
+        found = _cut(lm, row.prompt, row.target, row.wrong, prompt)
+    elif row.wrong is not None:
+        found = _cut(lm, row.prompt, row.wrong, None, prompt)
+    else:
         return row, Cut(row.prompt, "", None, Encoded(tuple(prompt), ()))
-    target = row.target if row.target is not None else row.wrong
-    found = _cut(
-        lm, row.prompt, target, row.wrong if row.target is not None else None, _encode(lm, row.prompt)
-    )
     moved = replace(
         row,
         prompt=found.prompt,

@@ -124,7 +124,7 @@ def read_layer(
     numbers = {g: i for i, g in enumerate(dict.fromkeys(groups))}
     count = max(1, min(len(numbers), folds))
     fold = torch.tensor([numbers[g] % count for g in groups])
-    keep_fold = torch.arange(len(keep) if keep is not None else 0) % count
+    keep_fold = torch.arange(len(keep_texts)) % count
     sample = stats.sample[layer].float() if layer in stats.sample else mean[None]
     xs, ws, fs, ks = [], [], [], []
 
@@ -143,12 +143,13 @@ def read_layer(
         held = learn.inputs[i][learn.real[i] & ~fire[i]]
         add(held, torch.full((len(held),), HOLD), int(fold[i]))
         prompt(learn.prompt_inputs[i], text, int(fold[i]))
-    for i, text in enumerate(keep_texts):
-        x = keep.inputs[i][keep.real[i]]
-        weight = torch.full((len(x),), HOLD)
-        weight[:1] = NEAR
-        add(x, weight, int(keep_fold[i]), i)
-        prompt(keep.prompt_inputs[i], text, int(keep_fold[i]))
+    if keep is not None:
+        for i, text in enumerate(keep_texts):
+            x = keep.inputs[i][keep.real[i]]
+            weight = torch.full((len(x),), HOLD)
+            weight[:1] = NEAR
+            add(x, weight, int(keep_fold[i]), i)
+            prompt(keep.prompt_inputs[i], text, int(keep_fold[i]))
     sample_fold = torch.arange(len(sample)) * count // len(sample)
     for k in range(count):
         block = sample[sample_fold == k]
@@ -237,8 +238,10 @@ class Neuron:
         return known
 
     def again(self, lm: LM, at: Reading) -> "Neuron":
-        """The same neuron with its gate learnt anew from a reading with other weights."""
+        """The same neuron with its gate learnt anew from a reading with other weights; itself where none was learnt."""
         s = self.settings
+        if s is None:
+            return self
         return learn_gates(lm, at, s.places, self.index, s.ridge, s.silence, (s.threshold,), s.prior)[0]
 
 
@@ -487,13 +490,12 @@ def own_direction(lm: LM, at: Reading, index: int) -> Tensor:
     """
     own = read_neuron(lm, at.layer, index)
     x, sample = at.learn.inputs[at.fire] / at.scale, at.sample / at.scale
-    best: tuple[float, Tensor] | None = None
+    found: list[tuple[float, Tensor]] = []
     for role in ("gate", "up"):
         for sign in (1.0, -1.0) if role in own else ():
             a = sign * own[role].float() * at.scale
             here, elsewhere = (x @ a).median(), sample @ a
             lead = float((here - elsewhere.median()) / elsewhere.std().clamp_min(1e-9))
-            if best is None or lead > best[0]:
-                middle, half = (here + elsewhere.median()) / 2, (here - elsewhere.median()) / 2
-                best = (lead, (a - middle * at.constant) / half.clamp_min(1e-6))
-    return best[1]
+            middle, half = (here + elsewhere.median()) / 2, (here - elsewhere.median()) / 2
+            found.append((lead, (a - middle * at.constant) / half.clamp_min(1e-6)))
+    return max(found, key=lambda one: one[0])[1]

@@ -389,7 +389,7 @@ _STEM = re.compile(r"[\w.]*$")
 
 def _whole(row: Row, text: str | None) -> str:
     """A continuation with the name that the prompt ends in: the same for every tokenizer's cut."""
-    return _STEM.search(row.prompt[-80:]).group() + (text or "")
+    return _STEM.findall(row.prompt[-80:])[0] + (text or "")
 
 
 def check_rules(lm: LM, rules: Sequence[Rule]) -> None:
@@ -398,16 +398,16 @@ def check_rules(lm: LM, rules: Sequence[Rule]) -> None:
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise CaseError(f"two rules are called '{twice}'; give each its own name, and each file once")
-    wanted: dict[str, tuple[Rule, Row]] = {}
+    wanted: dict[str, tuple[Rule, str]] = {}
     for rule in rules:
         for row in rule.rows:
             if row.target is None or row.role == "near":
                 continue
-            other_rule, other = wanted.setdefault(row.prompt, (rule, row))
-            if not (row.target.startswith(other.target) or other.target.startswith(row.target)):
+            other_rule, other = wanted.setdefault(row.prompt, (rule, row.target))
+            if not (row.target.startswith(other) or other.startswith(row.target)):
                 raise CaseError(
                     f"rules '{other_rule.name}' and '{rule.name}' contradict each other: behind"
-                    f" {quoted(row.prompt[-40:])} one wants {quoted(other.target)}, the other {quoted(row.target)}; drop"
+                    f" {quoted(row.prompt[-40:])} one wants {quoted(other)}, the other {quoted(row.target)}; drop"
                     " one of them"
                 )
     forbidden = [(rule, {_whole(r, r.wrong) for r in rule.part("fault")}) for rule in rules]

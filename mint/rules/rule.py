@@ -84,15 +84,17 @@ class Rule:
 # ---------------------------------------------------------------------- reading
 
 
-def _text(record: dict, key: str, where: str, *, needed: bool) -> str | None:
+def _text(record: dict, key: str, where: str) -> str | None:
     value = record.get(key)
-    if value is None or (value == "" and not needed):
-        if needed:
-            raise CaseError(
-                f"{where}: no key '{key}'; a row needs rule, role, prompt, and target where it is a fault"
-            )
-        return None
-    return checked_text(value, key, where)
+    return None if value in (None, "") else checked_text(value, key, where)
+
+
+def _needed(record: dict, key: str, where: str) -> str:
+    if record.get(key) is None:
+        raise CaseError(
+            f"{where}: no key '{key}'; a row needs rule, role, prompt, and target where it is a fault"
+        )
+    return checked_text(record[key], key, where)
 
 
 def _one_of(record: dict, key: str, known: Sequence[str], where: str) -> None:
@@ -107,24 +109,25 @@ def row_from_dict(record: object, where: str = "row") -> Row:
     unknown = sorted(set(record) - set(_KEYS))
     if unknown:
         raise CaseError(f"{where}: unknown key '{unknown[0]}'; known are {', '.join(_KEYS)}")
-    name = _text(record, "rule", where, needed=True)
-    role = _text(record, "role", where, needed=True)
+    name, role = _needed(record, "rule", where), _needed(record, "role", where)
     _one_of(record, "role", ROLES, where)
-    fault = role == "fault"
     if record.get("split") is not None:
         _one_of(record, "split", SPLITS, where)
+    prompt = _needed(record, "prompt", where)
+    target = (_text if role == "near" else _needed)(record, "target", where)
+    wrong = (_needed if role == "fault" else _text)(record, "wrong", where)
     row = Row(
         rule=name,
         role=role,
-        prompt=_text(record, "prompt", where, needed=True),
-        target=_text(record, "target", where, needed=role != "near"),
-        wrong=_text(record, "wrong", where, needed=fault),
-        source=_text(record, "source", where, needed=False),
+        prompt=prompt,
+        target=target,
+        wrong=wrong,
+        source=_text(record, "source", where),
         split=record.get("split"),
-        id=_text(record, "id", where, needed=False) or "",
+        id=_text(record, "id", where) or "",
     )
-    if fault:
-        check_texts(row.wrong, row.target, f"{where}: 'wrong'", "'target'")
+    if role == "fault" and wrong is not None and target is not None:
+        check_texts(wrong, target, f"{where}: 'wrong'", "'target'")
     return row
 
 

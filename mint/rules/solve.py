@@ -188,13 +188,12 @@ def _fit(
     trained[1] = torch.where(fire, levels[1].clamp(min=FLOOR), levels[1])
     price = torch.full((len(learn),), PRICE * size)
     tasks = [_task(learn, trained, _wanted(learn, at.fire, margin), price, neurons, lm)]
-    heard = torch.zeros(0, dtype=torch.long)
-    if at.keep is not None:
-        keep_levels = torch.stack([n.keep_levels for n in neurons], 1)
-        heard = (keep_levels.abs() > HEARD).any(0).any(0).any(1).nonzero()[:, 0]
-    if len(heard):
+    keep_levels = torch.stack([n.keep_levels for n in neurons], 1)  # [2, k, kept texts, m]
+    heard = (keep_levels.abs() > HEARD).any(0).any(0).any(1).nonzero()[:, 0]
+    close = keep_levels[:, :, heard, :KEEP_TOKENS]
+    if at.keep is not None and len(heard):
         few = at.keep.part(heard, KEEP_TOKENS)
-        close = keep_levels[:, :, heard, : few.real.shape[1]]
+        close = close[..., : few.real.shape[1]]
         louder = torch.where(close[0].abs() > close[1].abs(), close[0], close[1])[None]
         worth = torch.ones(len(heard)) if keep_price is None else keep_price[heard]
         wanted = _wanted(few, torch.zeros_like(few.real), margin)
@@ -210,7 +209,7 @@ def _fit(
     held = _smallest(program.margins(judged, 1, without)[0], learn.real)
     full = _smallest(program.margins(judged, 0, found.columns)[0], learn.real)
     kept = 1.0
-    if len(heard):
+    if at.keep is not None and len(heard):
         # The same for what must stay: without its constraints, and as a gate answers that had not seen it.
         apart = torch.stack(
             [

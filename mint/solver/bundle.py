@@ -56,7 +56,8 @@ class Bundle:
     prefix: list[tuple[Tensor, Tensor]]
     mask: Tensor
     positions: Tensor
-    as_tuple: bool
+    as_tuple: int
+    """How many values the model's layers return in a tuple; 0 where they return the stream alone."""
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -232,13 +233,13 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int], exact: bool 
         target[i, : len(text.target)], real[i, : len(text.target)] = torch.tensor(text.target), True
     clean, soft = torch.zeros(b, m), torch.zeros(b, m)
     spread = 0.0
-    endings = {} if exact else _endings(lm, texts)
+    endings: dict[int, Tensor] = {} if exact else _endings(lm, texts)
     lowest = min(layers)
     hidden: dict[int, list] = {layer: [None] * b for layer in layers}
     inputs: dict[int, list] = {layer: [None] * b for layer in layers}
     neurons: dict[int, list] = {layer: [None] * b for layer in layers}
     kept: list = [None] * b
-    as_tuple = False
+    as_tuple = 0
     for batch in _batches([len(t.ids) - 1 for t in texts]):
         cache = DynamicCache()
         rows = torch.tensor([k for k, i in enumerate(batch) for _ in texts[i].target])
@@ -256,7 +257,9 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int], exact: bool 
         alone = [torch.tensor([t]) for i in batch for t in texts[i].target]
         ends = torch.tensor([len(texts[i].target) for i in batch]).cumsum(0) - 1
         for i, end in zip(batch, ends.tolist(), strict=True):
-            alone[end] = endings.get(texts[i].target[-1], alone[end])
+            token = texts[i].target[-1]
+            if token in endings:
+                alone[int(end)] = endings[token]
         margins, softs = judge(logits, alone)
         at = 0
         for k, i in enumerate(batch):

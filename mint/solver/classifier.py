@@ -68,11 +68,10 @@ def fit_direction(
         hessian = (xa.T * wa) @ xa + ridge * torch.eye(width)
         step = -torch.linalg.solve(hessian, slope[:, None])[:, 0]
         moved = x @ step
-        t = 1.0
-        while t > 1e-3 and (then := cost(a + t * step, f + t * moved)) > now - 1e-4 * t * abs(
-            float(slope @ step)
-        ):
+        t, then, fall = 1.0, cost(a + step, f + moved), abs(float(slope @ step))
+        while t > 1e-3 and then > now - 1e-4 * t * fall:
             t /= 2
+            then = cost(a + t * step, f + t * moved)
         if t <= 1e-3:
             break
         a, f = a + t * step, f + t * moved

@@ -132,7 +132,7 @@ def fit_rows(
     hard = torch.zeros(0, width, dtype=torch.float64)
     hard_weight = torch.zeros(0, dtype=torch.float64)
     pool = torch.cat([background.sample.float(), inputs.unlike.float()])
-    for round_ in range(rounds + 1):
+    while True:
         solve = _solver(base + (hard.T * hard_weight) @ hard)
         # A gated neuron opens for negative levels too, its other row gives the sign; a plain one cannot write them.
         opens = (like_level != 0).double() if gated else torch.sign(like_level)
@@ -158,14 +158,14 @@ def fit_rows(
             )
             gate = _exact(solve, gate_right, points, values)
             rows = InputRows((STEEP * gate).float(), None, STEEP, bias)
-        if round_ == rounds or not len(pool):
-            break
+        if not rounds or not len(pool):
+            return rows
+        rounds -= 1
         answer = rows.respond(pool, act).abs() / rows.gain
         loud = (answer > tolerance).nonzero().flatten()
         if not len(loud):
-            break
+            return rows
         worst = loud[answer[loud].argsort(descending=True)[:512]]
         added = pool[worst].double()
         hard = torch.cat([hard, added])
         hard_weight = torch.cat([hard_weight, (answer[worst].double().clamp(max=3.0) * 0.05)])
-    return rows

@@ -213,7 +213,7 @@ def fit_columns(
     best, at_best = None, columns
     kept: dict[tuple[int, int, int], tuple[Tensor, Tensor, int]] = {}
     moved = (levels.abs().amax(0) > 1e-3) & joint.real
-    step = columns
+    step, iteration = columns, 0
     for iteration in range(iterations + 1):
         found, rivals, gradients = joint.own_leads(torch.einsum("kbm,kd->bmd", levels, columns))
         short = (wanted - found).clamp(min=0).masked_fill(~joint.real, 0)

@@ -384,6 +384,7 @@ def _write(task: _Task, tail: Tail, most: int) -> tuple[Trial, int]:
     known = {"tolerance": task.tolerance}
     ways = _ways(task.fire, most, gated)
     trials: list[Trial] = []
+    iterations = 0
     for levels in ways:
         trial, iterations = fit_columns(tail, task.target, levels, task.wanted, task.clean.logits, **known)
         trials.append(trial)

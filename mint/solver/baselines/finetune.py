@@ -39,9 +39,9 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     started = time.perf_counter()
     layers = chosen_layers(lm, settings, range(lm.n_layers))
     wanted = wanted_margin(settings)
-    smallest = 0.0
+    step = 0
     with restored(lm, output_names(lm, layers)) as before:
-        for step in range(STEPS + 1):
+        while True:
             with torch.enable_grad(), traced(lm, layers) as trace:
                 logits, loss = forced(lm, problem.encoded)
             smallest = float(margins_of(logits.detach(), problem.encoded.target).min())
@@ -53,8 +53,10 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
                 if step == 0:
                     return refused(NAME, ALREADY_RIGHT, started, smallest)
                 return changed_matrices(NAME, lm, before, started, smallest, steps=step, loss=loss.item())
-            if step < STEPS:
-                _descend(lm, trace.gradients(loss))
+            if step == STEPS:
+                break
+            _descend(lm, trace.gradients(loss))
+            step += 1
     reason = (
         f"a target token is still {wanted - smallest:.2f} below the wanted margin after {STEPS} SGD steps"
     )

@@ -48,8 +48,11 @@ def _peft() -> Any:
 
 
 @contextmanager
-def _wrapped(lm: LM, layers: Sequence[int], seed: int) -> Iterator[dict[int, nn.Module]]:
-    """Within: LoRA modules stand in for the output matrices, layer -> module; afterwards the same old objects do."""
+def _wrapped(lm: LM, layers: Sequence[int], seed: int) -> Iterator[dict[int, Any]]:
+    """Within: LoRA modules stand in for the output matrices, layer -> module; afterwards the same old objects do.
+
+    The modules are `peft.tuners.lora.Linear`, which an installation without the extra cannot name.
+    """
     peft = _peft()
     model = lm.model
     names = [lm.block(layer).out for layer in layers]
@@ -77,26 +80,25 @@ def _wrapped(lm: LM, layers: Sequence[int], seed: int) -> Iterator[dict[int, nn.
             parameter.requires_grad_(flags[name])
 
 
-def _train(
-    lm: LM, problem: Problem, wrapped: dict[int, nn.Module], wanted: float
-) -> tuple[int, float, float]:
+def _train(lm: LM, problem: Problem, wrapped: dict[int, Any], wanted: float) -> tuple[int, float, float]:
     """Adam on the adapters until all margins exceed `wanted`: (steps, loss, smallest margin)."""
     parameters = [p for module in wrapped.values() for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=RATE)
+    step = 0
     with torch.enable_grad():
-        for step in range(STEPS + 1):
+        while True:
             logits, loss = forced(lm, problem.encoded)
             smallest = float(margins_of(logits.detach(), problem.encoded.target).min())
             if smallest > wanted or step == STEPS:
-                break
+                return step, loss.item(), smallest
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    return step, loss.item(), smallest
+            step += 1
 
 
 @torch.no_grad()
-def _deltas(wrapped: dict[int, nn.Module]) -> dict[int, Tensor]:
+def _deltas(wrapped: dict[int, Any]) -> dict[int, Tensor]:
     """What each adapter adds to its matrix, in the matrix's own orientation."""
     return {layer: module.get_delta_weight("default").detach() for layer, module in wrapped.items()}
 

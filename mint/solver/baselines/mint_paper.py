@@ -61,7 +61,7 @@ def semantic_rows(lm: LM, tokens: Sequence[int]) -> Tensor:
     With W the unembedding [vocab, d], row k of pinv(W') is (W'W)^-1 W[k]: one d x d inverse, made once per model.
     """
     head = lm.module(lm.layout.unembedding)
-    weight = head.weight.detach()
+    weight = head.get_parameter("weight").detach()
     inverse = _INVERSES.get(head)
     if inverse is None:
         gram = torch.zeros(
@@ -79,7 +79,7 @@ def semantic_rows(lm: LM, tokens: Sequence[int]) -> Tensor:
 
 def fits(lm: LM) -> bool:
     """Whether the unembedding reads vectors of the size that the neurons write."""
-    return lm.module(lm.layout.unembedding).weight.shape[1] == lm.layout.width
+    return lm.module(lm.layout.unembedding).get_parameter("weight").shape[1] == lm.layout.width
 
 
 UNFIT = (

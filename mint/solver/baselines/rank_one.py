@@ -184,18 +184,19 @@ def _values(lm: LM, place: _Place, wanted: float) -> tuple[Tensor, int]:
     limit = CLAMP * place.own.norm(dim=1, keepdim=True)
     values = torch.zeros_like(place.own, requires_grad=True)
     optimiser = torch.optim.Adam([values], lr=RATE * float(place.own.square().mean().sqrt()))
-    for step in range(STEPS + 1):
+    step = 0
+    while True:
         with torch.enable_grad(), _added(lm, place.layer, place.share @ values):
             logits = place.logits(lm)
             loss = cross_entropy(logits, target.to(logits.device))
         if float(margins_of(logits.detach(), place.encoded.target).min()) > wanted or step == STEPS:
-            break
+            return values.detach(), step
+        step += 1
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         with torch.no_grad():
             values.mul_((limit / values.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))
-    return values.detach(), step
 
 
 def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
