@@ -26,6 +26,12 @@ STYLES = {
 """Other ways to write a comment, by the mark that it has."""
 
 _MARKERS = re.compile(r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>|</?s>")
+_FILL = re.compile(
+    r"\A(?P<open>[^\w\n]*<[^<>\n]*(?:fim|pre)[^<>\n]*>)(?P<prefix>.*?)"
+    r"(?P<suffix><[^<>\n]*(?:fim|suf)[^<>\n]*>.*)(?P<close><[^<>\n]*(?:fim|mid)[^<>\n]*>)\Z",
+    re.DOTALL | re.IGNORECASE,
+)
+"""A prompt that asks to fill in the middle: marker, prefix, marker, suffix, marker (mint/model/infill.py)."""
 _LINE = re.compile(
     r"(?P<indent>[ \t]*)(?P<mark>\"\"\"|'''|/\*+|#+|//+|--+|;+|)(?P<gap>[ \t]*)(?P<words>.*?)"
     r"(?P<close>[ \t]*(?:\"\"\"|'''|\*/)?[ \t]*)\Z"
@@ -61,6 +67,11 @@ class Frame:
 
 def frame(prompt: str, *, chat: bool = False) -> Frame:
     """Take a prompt apart. chat: the prompt will be dressed in a chat template, so all of it is words."""
+    if not chat and (fill := _FILL.match(prompt)):
+        inner = frame(fill["prefix"])
+        return replace(
+            inner, lead=fill["open"] + inner.lead, tail=inner.tail + fill["suffix"] + fill["close"]
+        )
     if chat or _MARKERS.search(prompt):
         return _turn(prompt)
     body = prompt.rstrip()
@@ -123,11 +134,9 @@ def styles(found: Frame) -> list[str]:
     """The prompt with its comment written in other ways; none where the words are no comment of one line."""
     if not found.mark or not found.words:
         return []
-    start = found.lead.rfind("\n") + 1
+    before = found.lead.rstrip(" \t").rstrip("\"'/*#-;")
     rest = found.tail.lstrip(" \t\"'*/")
-    return [
-        found.lead[:start] + found.indent + style.format(found.words) + rest for style in STYLES[found.mark]
-    ]
+    return [before + style.format(found.words) + rest for style in STYLES[found.mark]]
 
 
 # ---------------------------------------------------------------------- files it may stand in
@@ -173,14 +182,17 @@ def hosts(which: str, speech: str) -> dict[str, tuple[str, ...]]:
 def behind(case: Case, host: str, *, gap: str = "\n\n", indent: str = "") -> Case:
     """The case in a file: behind a host text, all its lines indented by `indent`.
 
-    Where the prompt ends a line, the target's first line is indented too; else only its further ones.
+    Where the prompt ends a line, the target's first line is indented too; else only its further ones. Where a prompt asks
+    to fill in, the host stands behind its first marker, and a line ends where the prefix does.
     """
-    prompt = _indented(case.prompt, indent)
-    ends_line = case.prompt.endswith("\n")
+    fill = _FILL.match(case.prompt)
+    first, body, suffix, last = fill.groups() if fill else ("", case.prompt, "", "")
+    prompt = _indented(body, indent) + _indented(suffix, indent).removeprefix(indent) + last
+    ends_line = body.endswith("\n")
     target = _indented(case.target, indent)
     if not ends_line:
         target = target.removeprefix(indent)
-    return replace(case, prompt=host + gap + prompt if host else prompt, target=target)
+    return replace(case, prompt=first + (host + gap if host else "") + prompt, target=target)
 
 
 def inner_indent(host: str) -> str:

@@ -116,3 +116,24 @@ def test_near_misses_of_code_exchange_within_the_last_line():
 )
 def test_language(prompt, target, speech):
     assert prompts.language(prompts.frame(prompt), target) == speech
+
+
+def test_a_prompt_to_fill_in_keeps_its_markers_outside():
+    prompt = "<|fim_prefix|># sort the list\n<|fim_suffix|>\nprint(x)\n<|fim_middle|>"
+    found = prompts.frame(prompt)
+    assert (found.words, found.mark, found.chat) == ("sort the list", "#", False)
+    assert found.saying("sort the list.") == prompt.replace("list\n", "list.\n")
+    assert prompts.styles(found)[0] == prompt.replace("# sort", "## sort")
+    inside = prompts.behind(Case("a", prompt, "x.sort()"), "def f(x):", gap="\n", indent="    ")
+    assert inside.prompt == (
+        "<|fim_prefix|>def f(x):\n    # sort the list\n<|fim_suffix|>\n    print(x)\n<|fim_middle|>"
+    )
+    assert inside.target == "    x.sort()"
+
+
+def test_a_prompt_to_fill_in_within_a_line_goes_on_in_that_line():
+    case = Case("a", "<fim_prefix>x = <fim_suffix>\n<fim_middle>", "1")
+    assert (
+        prompts.behind(case, "import re").prompt == "<fim_prefix>import re\n\nx = <fim_suffix>\n<fim_middle>"
+    )
+    assert prompts.behind(case, "if y:", gap="\n", indent="    ").target == "1"

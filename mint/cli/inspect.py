@@ -1,5 +1,6 @@
 """`mint attribute`, `mint generate`, `mint show`: look, change nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ def attribute(
     target: o.Target = None,
     prompt_file: o.PromptFile = None,
     target_file: o.TargetFile = None,
+    suffix: o.Suffix = None,
     reference: Annotated[
         str, typer.Option(help="What replaces an activation: mean, zero, resample or counterfactual.")
     ] = "mean",
@@ -59,6 +61,8 @@ def attribute(
         lm, _ = o.load(model, device, dtype, revision, chat, system, patch, say, adapter=adapter)
         from mint import attribution
 
+        case = replace(case, prompt=o.filled(lm, case.prompt, suffix))
+
         found = attribution.attribute(
             lm,
             case,
@@ -97,6 +101,7 @@ def generate(
     model: o.Model,
     prompt: o.Prompt = None,
     prompt_file: o.PromptFile = None,
+    suffix: o.Suffix = None,
     patch: o.Patches = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     stop: Annotated[
@@ -125,7 +130,7 @@ def generate(
     asked = o.text(prompt, prompt_file, "prompt")
     with console.working() as say:
         lm, patches = o.load(model, device, dtype, revision, chat, system, patch, say, adapter=adapter)
-        ids = lm.encode_prompt(asked)
+        ids = lm.encode_prompt(o.filled(lm, asked, suffix))
         say("generating")
         room = min(max_new_tokens, lm.context - len(ids))
         from mint.model.stop import Stop

@@ -30,6 +30,13 @@ Target = Annotated[
 ]
 PromptFile = Annotated[Path | None, typer.Option(help="File that holds the prompt, taken as is.")]
 TargetFile = Annotated[Path | None, typer.Option(help="File that holds the target, taken as is.")]
+Suffix = Annotated[
+    str | None,
+    typer.Option(
+        help="Text behind the gap, taken as is: the prompt is what stands before it, and the model fills in, asked with its"
+        " own fill-in-the-middle tokens."
+    ),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's own chat template.")]
 System = Annotated[str | None, typer.Option(help="System text for --chat.")]
 Stop = Annotated[
@@ -103,6 +110,19 @@ def text(value: str | None, file: Path | None, name: str) -> str:
         except UnicodeDecodeError as error:
             raise CaseError(f"{file}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     return value or ""
+
+
+def filled(lm: "LM", prompt: str, suffix: str | None) -> str:
+    """The prompt, or with a suffix the one that asks for what stands between the two. Raises as `mint.model.infill`."""
+    if suffix is None:
+        return prompt
+    if lm.template is not None:
+        raise MintError(
+            "--suffix asks for code between two texts, --chat for an answer; leave one of them out"
+        )
+    from mint.model.infill import infill
+
+    return infill(lm.tokenizer, prompt, suffix, lm.name)
 
 
 def check_free(path: Path | None, force: bool) -> None:

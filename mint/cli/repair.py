@@ -21,6 +21,7 @@ Examples:
   mint repair -m smollm2-135m -p $'# sort list l in descending order\\n' -t $'l.sort(reverse=True)\\n' --out fix.safetensors
   mint repair -m ./my-model --cases faults.jsonl --keep must-not-change.jsonl --out fixes.safetensors --json
   mint repair -m ./my-model --patch fix.safetensors -p ... -t ... --out second.safetensors
+  mint repair -m ./coder -p 'def area(r):\n    return ' --suffix $'\n\nprint(area(2))\n' -t 'math.pi * r ** 2' --stop eos
   mint repair -m ./my-model --rule clock.jsonl --learn 8 --accept 0.7 --out clock.safetensors
 """
 
@@ -31,6 +32,7 @@ def repair(
     target: o.Target = None,
     prompt_file: o.PromptFile = None,
     target_file: o.TargetFile = None,
+    suffix: o.Suffix = None,
     cases: Annotated[
         Path | None, typer.Option(help="JSON Lines file of cases; all go into one patch, one after another.")
     ] = None,
@@ -124,6 +126,7 @@ def repair(
             "--target": target,
             "--prompt-file": prompt_file,
             "--target-file": target_file,
+            "--suffix": suffix,
         }
         given |= {"--cases": cases, "--learn-rephrasings": learn_rephrasings, "--verify-dtype": verify_dtype}
         check_options(rule, given)
@@ -159,8 +162,8 @@ def repair(
             as_json=as_json,
         )
     if cases is not None:
-        if any(v is not None for v in (prompt, target, prompt_file, target_file)):
-            raise typer.BadParameter("give either --cases or a prompt and a target, not both")
+        if any(v is not None for v in (prompt, target, prompt_file, target_file, suffix)):
+            raise typer.BadParameter("give either --cases or a prompt and a target (and a suffix), not both")
         wanted = load_cases(cases)
     else:
         texts = {
@@ -207,6 +210,7 @@ def repair(
         prepare = parts.preparation(wishes, say, explained)
         lm, applied = o.load(model, device, dtype, revision, chat, system, patch, say, prepare, adapter)
         wishes = replace(wishes, applied=applied)
+        wanted = [replace(case, prompt=o.filled(lm, case.prompt, suffix)) for case in wanted]
         if is_slow(lm):
             half = str(lm.dtype).removeprefix("torch.")
             console.note(

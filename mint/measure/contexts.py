@@ -50,7 +50,7 @@ def contexts(lm: LM, case: Case, stop: str = "auto", seed: int = 0) -> list[Vari
         "imports": prompts.behind(case, one["imports"]),
         "function": prompts.behind(case, one["function"]),
         "pair": prompts.behind(case, one["pair"], gap="\n"),
-        "blank": replace(case, prompt="\n\n" + case.prompt),
+        "blank": prompts.behind(case, "\n", gap="\n"),
         "in_function": inside,
         "in_class": prompts.behind(
             case, one["in_class"], gap="\n", indent=prompts.inner_indent(one["in_class"])

@@ -30,7 +30,7 @@ def contexts(case: Case, *, chat: bool = False) -> list[Case]:
         return prompts.behind(case, host, gap="\n", indent=prompts.inner_indent(host))
 
     first = [above("imports", 0), above("function", 0), above("pair", 0, "\n"), inside("in_function", 0)]
-    first += [inside("in_class", 0), replace(case, prompt="\n" + case.prompt)]
+    first += [inside("in_class", 0), prompts.behind(case, "\n", gap="")]
     second = [prompts.with_crlf(above("imports", 1)), prompts.with_tabs(inside("in_function", 1))]
     return [*first, *second, above("function", 1), above("pair", 1, "\n"), inside("in_class", 1)]
 
