@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from mint import journal
 from mint.errors import PatchError
 from mint.files import write_file
 from mint.model.experts import focused
 from mint.model.hooks import record as record_neurons
 from mint.model.lm import LM
-from mint.patch import Patch, applied, compose, load, save
+from mint.patch import NeuronEdit, Patch, applied, compose, load, save
+from mint.patch import check as check_patch
 from mint.patch.provenance import patch_id
 from mint.patch.record import Answer, ask_patch, contradictions, encoded, promised
 from mint.patch.relocate import Move, collisions, relocate
@@ -83,50 +86,68 @@ def add(
     """Copy a patch file into a bank (made where there is none); returns its entry, and what moved. name: default the file's.
 
     lm: the model without any patch; with it, a rewrite that took the same idle neuron as an earlier one moves to another,
-    so that the patches of a bank always go together. idle: see `relocate`. Raises `PatchError` if the name or the patch is there already, if its
-    cases contradict those of another, or if it collides.
+    so that the patches of a bank always go together. idle: see `relocate`. Raises `PatchError` if the name or the patch is
+    there already, if it belongs to another model, if its cases contradict those of another, or if it collides.
     """
-    bank, file = Path(bank), Path(file)
-    patch = load(file)
-    listed = entries(bank)
-    wanted = re.sub(r"[^\w.-]+", "-", name or file.stem).strip("-.") or "patch"
-    if any(e.name == wanted for e in listed):
-        raise PatchError(f"{bank} has a patch '{wanted}' already; give another --name")
-    if same := [e.name for e in listed if e.sha256 == patch_id(patch)]:
-        raise PatchError(f"{bank} holds this very patch already, as '{same[0]}'")
-    if clash := contradictions([*(patches(bank).values() if listed else ()), patch]):
+    bank, patch = Path(bank), load(file)
+    wanted = re.sub(r"[^\w.-]+", "-", name or Path(file).stem).strip("-.") or "patch"
+    new = not bank.exists()
+    try:
+        bank.mkdir(exist_ok=True)
+        with journal.locked(bank):  # of two who add at once, neither may lose an entry
+            listed = entries(bank)
+            if any(e.name == wanted for e in listed):
+                raise PatchError(f"{bank} has a patch '{wanted}' already; give another --name")
+            if same := [e.name for e in listed if e.sha256 == patch_id(patch)]:
+                raise PatchError(f"{bank} holds this very patch already, as '{same[0]}'")
+            before = list(patches(bank).values()) if listed else []
+            patch, moves = _fitted(before, patch, lm, idle)
+            entry = Entry(wanted, f"{wanted}.safetensors", patch_id(patch), len(promised(patch)), note)
+            save(patch, bank / entry.file, force=True)
+            body = {"format": 1, "patches": [asdict(e) for e in [*listed, entry]]}
+            write_file(bank / INDEX, json.dumps(body, indent=2) + "\n", force=True)
+    except OSError as error:
+        raise PatchError(f"cannot write {bank} ({error.strerror}); nothing was added") from None
+    finally:
+        if new and bank.is_dir() and not any(bank.iterdir()):
+            bank.rmdir()
+    return entry, moves
+
+
+def _fitted(
+    before: Sequence[Patch], patch: Patch, lm: LM | None, idle: Callable[[int], Sequence[int]]
+) -> tuple[Patch, list[Move]]:
+    """The patch so that it goes together with those that a bank holds, and what moved for that."""
+    if clash := contradictions([*before, patch]):
         one, other = clash[0]
         raise PatchError(
             f"cases '{one.id}' and '{other.id}' contradict each other: behind the same prompt they want {one.target!r} and"
             f" {other.target!r}; leave one of them out"
         )
-    before = list(patches(bank).values()) if listed else []
     moves: list[Move] = []
     if lm is not None:
+        if not before:
+            check_patch(lm, patch, "before")
         (*_, patch), moves = relocate(lm, [*before, patch], idle)
     elif collisions([*before, patch]):
         raise PatchError(
-            f"{file} changes a neuron that another patch of {bank} changes; add it with --model, so that it can move to"
+            "the patch changes a neuron that another patch of the bank changes; add it with --model, so that it can move to"
             " another"
         )
-    try:
-        bank.mkdir(exist_ok=True)
-        entry = Entry(wanted, f"{wanted}.safetensors", patch_id(patch), len(promised(patch)), note)
-        save(patch, bank / entry.file, force=True)
-    except OSError as error:
-        raise PatchError(f"cannot write {bank} ({error.strerror}); nothing was added") from None
-    body = {"format": 1, "patches": [asdict(e) for e in [*listed, entry]]}
-    write_file(bank / INDEX, json.dumps(body, indent=2) + "\n", force=True)
-    return entry, moves
+    compose([*before, patch])  # raises where it belongs to another model than the others
+    return patch, moves
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of the cases of each patch on a model that holds all of them."""
+    """What became of the promises of each patch on a model that holds all of them."""
 
     answers: dict[str, list[Answer]]
     fires: dict[str, dict[str, float]]
-    """Patch -> where (`own`, `others`, `elsewhere`) -> share of prompts or texts at which one of its neurons fires."""
+    """Patch -> where -> how often one of its neurons fires: `own` and `others`, share of the prompts with their targets;
+    `elsewhere`, share of texts; `elsewhere_tokens`, share of their tokens."""
+    matrix: dict[str, dict[str, float]]
+    """Patch -> patch whose prompts are read -> share of them at which the first one fires."""
 
     @property
     def broken(self) -> list[str]:
@@ -141,42 +162,60 @@ def check(lm: LM, found: dict[str, Patch], elsewhere: Sequence[Sequence[int]] = 
     with applied(lm, compose(list(found.values()))):
         answers = {n: ask_patch(lm, p) for n, p in found.items()}
         own = {n: [e.ids for e in encoded(lm, p)] for n, p in found.items()}
-        fires = {n: _fires(_watched(lm, p), n, p, own, elsewhere) for n, p in found.items()}
-    return Checked(answers, fires)
+        loud = {n: [_loudness(lm, found, ids) for ids in many] for n, many in own.items()}
+        other = [_loudness(lm, found, ids) for ids in elsewhere]
+    fires, matrix = {}, {}
+    for name in found:
+        # A neuron's own scale is what it does at the prompts that it was made for.
+        top = {
+            place: max(float(seen[name][place].max()) for seen in loud[name]) if loud[name] else 0.0
+            for place in (e.place for e in found[name].edits)
+        }
+        at = {n: [_firing(seen[name], top) for seen in many] for n, many in loud.items()}
+        matrix[name] = {n: _share(many) for n, many in at.items() if many}
+        shares = {
+            "own": at[name],
+            "others": [tokens for n, many in at.items() if n != name for tokens in many],
+            "elsewhere": [_firing(seen[name], top) for seen in other],
+        }
+        fires[name] = {where: _share(many) for where, many in shares.items() if many}
+        if other:
+            fires[name]["elsewhere_tokens"] = float(torch.cat(shares["elsewhere"]).float().mean())
+    return Checked(answers, fires, matrix)
 
 
-def _watched(lm: LM, patch: Patch) -> LM:
-    """The model with the experts that a patch edits as blocks of their own; a dense model as it is."""
-    chosen: dict[int, set[int]] = {}
-    for edit in patch.edits:
-        if edit.expert is not None:
-            chosen.setdefault(edit.layer, set()).add(edit.expert)
-    return focused(lm, {layer: sorted(numbers) for layer, numbers in chosen.items()})
+def _firing(loudness: dict[tuple[int, int, int], Tensor], top: dict[tuple[int, int, int], float]) -> Tensor:
+    """[tokens] bool: where one of a patch's neurons fires."""
+    return torch.stack([loudness[place] > FIRES * top[place] for place in top]).any(0)
+
+
+def _share(texts: Sequence[Tensor]) -> float:
+    """Share of texts in which it fires somewhere."""
+    return sum(bool(tokens.any()) for tokens in texts) / len(texts)
 
 
 @torch.no_grad()
-def _loudest(lm: LM, patch: Patch, ids: Sequence[int]) -> dict[tuple[int, int, int], float]:
-    """Largest activation of each of a patch's neurons over a text."""
-    layers = sorted({e.layer for e in patch.edits})
-    numbers = {e.place: lm.number(e.layer, e.index, e.expert) for e in patch.edits}
-    with record_neurons(lm, layers) as seen:
-        lm.logits([list(ids)], [[0]])
-    return {place: float(seen[place[0]][0, :, number].abs().max()) for place, number in numbers.items()}
-
-
-def _fires(
-    lm: LM, name: str, patch: Patch, own: dict, elsewhere: Sequence[Sequence[int]]
-) -> dict[str, float]:
-    texts = {
-        "own": own[name],
-        "others": [ids for other, many in own.items() if other != name for ids in many],
-        "elsewhere": list(elsewhere),
-    }
-    loud = {where: [_loudest(lm, patch, ids) for ids in many] for where, many in texts.items()}
-    places = [e.place for e in patch.edits]
-    top = {place: max((seen[place] for seen in loud["own"]), default=0.0) for place in places}
+def _loudness(
+    lm: LM, found: dict[str, Patch], ids: Sequence[int]
+) -> dict[str, dict[tuple[int, int, int], Tensor]]:
+    """Patch -> neuron -> |activation| at each token of a text, [tokens]."""
+    edits = [e for p in found.values() for e in p.edits]
+    watched = _watched(lm, edits)
+    with record_neurons(watched, sorted({e.layer for e in edits})) as seen:
+        watched.logits([list(ids)], [[0]])
     return {
-        where: sum(any(seen[p] > FIRES * top[p] for p in top) for seen in many) / len(many)
-        for where, many in loud.items()
-        if many
+        name: {
+            e.place: seen[e.layer][0, :, watched.number(e.layer, e.index, e.expert)].float().abs().cpu()
+            for e in patch.edits
+        }
+        for name, patch in found.items()
     }
+
+
+def _watched(lm: LM, edits: Sequence[NeuronEdit]) -> LM:
+    """The model with the edited experts as blocks of their own; a dense model as it is."""
+    chosen: dict[int, set[int]] = {}
+    for edit in edits:
+        if edit.expert is not None:
+            chosen.setdefault(edit.layer, set()).add(edit.expert)
+    return focused(lm, {layer: sorted(numbers) for layer, numbers in chosen.items()})

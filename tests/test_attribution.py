@@ -16,6 +16,7 @@ from mint.attribution.references import draws, make_reference
 from mint.case import Case
 from mint.errors import CaseError, MintError
 from mint.model.lm import Encoded
+from mint.pictures import svg
 from mint.reference import Statistics
 from tests.conftest import tiny_lm
 from tests.test_attribution_exact import (
@@ -398,7 +399,7 @@ def test_pictures_of_another_format_or_without_a_run_are_refused(lm, tmp_path):
 def test_tokens_that_matplotlib_would_read_as_mathematics_can_be_drawn(lm):
     found = run_on(lm, top=4, stability=False)
     odd = replace(found, fault=found.fault | {"wrong": "$x^", "desired": "\x00\n\u4e2d"})
-    assert plots.svg(plots.bars(odd)).startswith("<svg")
+    assert svg(plots.bars(odd)).startswith("<svg")
 
 
 def test_recall_at_10_can_fail():

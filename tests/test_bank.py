@@ -1,6 +1,7 @@
 """A bank of patches: added, kept apart, written into a model, checked as regression tests; patches taken apart, recovered."""
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -54,11 +55,15 @@ def test_a_bank_is_applied_checked_and_reverted(made, tmp_path, capsys):
     assert main(["bank", "check", str(bank), "--model", str(model), "--json"]) == 0
     checked = json.loads(capsys.readouterr().out)
     assert checked["broken"] == [] and all(a["holds"] for many in checked["cases"].values() for a in many)
-    assert checked["fires"]["one"]["own"] == 1.0 and set(checked["fires"]["one"]) == {
-        "own",
-        "others",
-        "elsewhere",
-    }
+    wheres = {"own", "others", "elsewhere", "elsewhere_tokens"}
+    assert checked["fires"]["one"]["own"] == 1.0 and set(checked["fires"]["one"]) == wheres
+    assert checked["matrix"]["one"]["one"] == 1.0
+    assert checked["matrix"]["one"]["two"] == checked["fires"]["one"]["others"]
+    picture = tmp_path / "fires.svg"
+    assert main(["bank", "check", str(bank), "--model", str(model), "--plot", str(picture)]) == 0
+    assert picture.read_text().startswith("<svg")
+    assert main(["bank", "check", str(bank), "--model", str(model), "--plot", str(picture)]) == 1
+    assert "fires.svg exists" in capsys.readouterr().err
     assert main(["bank", "apply", str(bank), "--model", str(model), "--out", str(tmp_path / "fixed")]) == 0
     lm = load_lm(str(tmp_path / "fixed"))
     assert [lm.write(lm.encode(c), c) for c in CASES] == [c.target for c in CASES]
@@ -104,6 +109,48 @@ def test_what_does_not_go_into_a_bank(made, tmp_path, lm):
     (bank / B.INDEX).write_text("{}")
     with pytest.raises(PatchError, match="cannot be read"):
         B.entries(bank)
+
+
+def test_a_value_edit_of_a_busy_neuron_fires_on_ordinary_code(made):
+    model, files = made
+    lm = load_lm(str(model))
+    one = P.load(files[0])
+    case = {"id": "busy", "prompt": "x = 1\n", "target": "y"}
+    busy = replace(random_patch(lm, [(0, 0, "value"), (1, 1, "value")]), info={"cases": [case]})
+    code = [lm.encode_prompt(text) for text in ("def f(x):\n", "import os\n")]
+    checked = B.check(lm, {"one": one, "busy": busy}, code)
+    assert checked.fires["busy"]["elsewhere"] == 1.0 and checked.fires["busy"]["elsewhere_tokens"] > 0.5
+    assert checked.matrix["busy"]["one"] == 1.0 and "busy: busy" in checked.broken
+
+
+def test_patches_of_another_model_do_not_go_into_a_bank(made, tmp_path):
+    model, files = made
+    other = P.save(random_patch(tiny_lm("llama", seed=5)), tmp_path / "other.safetensors")
+    B.add(tmp_path / "bank", files[0])
+    with pytest.raises(PatchError, match="for another model than patch 1"):
+        B.add(tmp_path / "bank", other)
+    with pytest.raises(PatchError, match="made on another model"):
+        B.add(tmp_path / "empty", other, lm=load_lm(str(model)))
+    assert not (tmp_path / "empty").exists() and len(B.entries(tmp_path / "bank")) == 1
+
+
+def test_two_who_add_at_once_lose_nothing(made, tmp_path):
+    model, files = made
+    failures, lm = [], load_lm(str(model))
+
+    def add(number):
+        try:
+            file = P.save(P.scale(P.load(files[0]), 1 + number), tmp_path / f"p{number}.safetensors")
+            B.add(tmp_path / "bank", file, lm=lm, idle=lambda layer: range(64))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=add, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(B.patches(tmp_path / "bank")) == 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "starcoder2"])

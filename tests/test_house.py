@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors"},
     {"batches", "case", "files", "journal", "progress"},
-    {"console", "fromdiff", "prompts"},
+    {"console", "fromdiff", "pictures", "prompts"},
     {"model"},
     {"patch"},
     {"bank", "reference"},

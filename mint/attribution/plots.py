@@ -3,18 +3,16 @@
 Draws what `mint.attribution` measured; measures nothing but the block effects of the heat map.
 """
 
-import io
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 
 from mint.attribution.exact import block_effects
 from mint.attribution.rank import Attribution
 from mint.errors import MintError
-from mint.files import write_file
 from mint.model.lm import LM
+from mint.pictures import check_picture, write_picture
 
 POSITIONS = 48
 """Most positions of the heat map: the last ones before the fault."""
@@ -137,21 +135,6 @@ def pictures(lm: LM, found: Attribution) -> dict[str, Figure]:
     return out
 
 
-def svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element for a page, with text as text; the same figure gives the same bytes."""
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mint"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    return stream.getvalue()
-
-
 def save(lm: LM, found: Attribution, path: str | Path, *, force: bool = False) -> list[Path]:
     """Write the pictures of an attribution beside each other: `why.png` (heat map), `why-bars.png`, `why-lens.png`.
 
@@ -159,18 +142,11 @@ def save(lm: LM, found: Attribution, path: str | Path, *, force: bool = False) -
     `force`) and for a place that cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise MintError(
-            f"{path}: expected a name ending in .png or .svg, found '{path.suffix}'; rename the picture"
-        )
+    check_picture(path, force)
     if not found.neurons or found.used is None:
         raise MintError("this attribution was read back, not made; run attribute again to draw it")
     figures = pictures(lm, found)
     targets = [path, *(path.with_name(f"{path.stem}-{name}{path.suffix}") for name in list(figures)[1:])]
-    taken = [t for t in targets if t.exists() and not force]
-    if taken:
-        raise MintError(f"{taken[0]} exists; give another name, or --force to replace it")
-    for target, figure in zip(targets, figures.values(), strict=True):
-        data = svg(figure).encode() if path.suffix.lower() == ".svg" else _png(figure)
-        write_file(target, data, force=force)
-    return targets
+    for target in targets:
+        check_picture(target, force)
+    return [write_picture(f, t, force=force) for t, f in zip(targets, figures.values(), strict=True)]

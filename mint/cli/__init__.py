@@ -5,6 +5,7 @@ interrupted. Nothing heavy is imported before the command is known, so that `--h
 """
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:
         pass  # not the main thread: whoever runs us there handles signals
+    _show_warnings()
     try:
         from mint.cli.app import run
 
@@ -33,6 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         return _explain(error)
+
+
+class _Stderr(logging.Handler):
+    """What the library warns of, such as an edit that it finished, as one line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"mint: note: {' '.join(record.getMessage().splitlines())}", file=sys.stderr)
+
+
+def _show_warnings() -> None:
+    logger = logging.getLogger("mint")
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        logger.addHandler(_Stderr(logging.WARNING))
 
 
 def _explain(error: Exception) -> int:

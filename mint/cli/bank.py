@@ -1,13 +1,16 @@
 """`mint bank`: a directory of patches, each of them also a regression test."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mint import console
 from mint.cli import options as o
 from mint.errors import NoRepair
+
+if TYPE_CHECKING:
+    from mint.bank import Checked
 
 group = typer.Typer(
     help="A directory of patches: add, list, apply, revert, check, log.", no_args_is_help=True
@@ -140,8 +143,12 @@ def check(
     bank: Bank,
     model: o.Model,
     only: Names = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of who fires at whose prompts, .png or .svg.")
+    ] = None,
     device: o.Device = "cpu",
     dtype: o.Dtype = "auto",
+    force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
     """Put all patches into the model in memory, and run every case of each as a regression test.
@@ -149,42 +156,61 @@ def check(
     Says how often each patch fires on its own prompts, on the others' and on ordinary code. Exit 3 if a case broke.
 
     \b
-    Example:
+    Examples:
       mint bank check ./fixes --model ./my-model
+      mint bank check ./fixes --model ./my-model --plot fires.svg
     """
+    from mint import pictures
+
+    if plot is not None:
+        pictures.check_picture(plot, force)
     with console.working() as say:
         say("importing")
         from mint import bank as banks
-        from mint.reference import reference_lines
 
         found = banks.patches(bank, only or ())
         lm, _ = o.load(model, device, dtype, say=say)
         say("generating behind every recorded prompt")
-        code = [ids for ids in map(lm.encode_prompt, reference_lines()[:100]) if len(ids) > 1]
-        result = banks.check(lm, found, code)
+        from mint.session import measured_sequences
+
+        # Not the reference text: solvers are silent there by construction.
+        result = banks.check(lm, found, [ids for ids, _, _ in measured_sequences(lm)])
+        if plot is not None:
+            pictures.write_picture(_picture(result), plot, force=force)
     if as_json:
         console.print_json(
             {
                 "cases": {n: [a.to_json() for a in many] for n, many in result.answers.items()},
                 "fires": result.fires,
+                "matrix": result.matrix,
                 "broken": result.broken,
+                "plot": None if plot is None else str(plot),
             }
         )
     else:
+        wheres = ("own", "others", "elsewhere", "elsewhere_tokens")
         rows = []
         for name, many in result.answers.items():
             shares = result.fires[name]
-            shown = [f"{shares[w]:.0%}" if w in shares else "" for w in ("own", "others", "elsewhere")]
+            shown = [f"{shares[w]:.1%}" if w in shares else "" for w in wheres]
             rows.append((name, f"{sum(a.holds for a in many)} of {len(many)}", *shown))
-        console.table(
-            "patches",
-            ["patch", "hold", "fires: own", "others", "code"],
-            rows,
-            ["hold", "fires: own", "others", "code"],
-        )
+        columns = ["hold", "fires: own prompts", "others' prompts", "lines of code", "tokens of code"]
+        console.table("patches", ["patch", *columns], rows, columns)
     if result.broken:
         raise NoRepair(f"{len(result.broken)} cases no longer hold: {', '.join(result.broken[:5])}")
     return 0
+
+
+def _picture(result: "Checked"):
+    from mint.evaluation import charts
+
+    names = list(result.matrix)
+    values = [
+        [*(result.matrix[a].get(b, 0.0) for b in names), result.fires[a].get("elsewhere", 0.0)] for a in names
+    ]
+    return charts.grid(
+        values, names, [*names, "code"], "prompts of", "patch that fires", "share of the prompts"
+    )
 
 
 @group.command()

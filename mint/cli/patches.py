@@ -148,23 +148,78 @@ def compose(
 def scale(
     patch: PatchFile,
     factor: Annotated[
-        float, typer.Argument(help="0 changes nothing, 1 is the patch, 2 pushes twice as hard.")
-    ],
-    out: OutFile,
+        float | None, typer.Argument(help="0 changes nothing, 1 is the patch, 2 pushes twice as hard.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Patch file to write.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Measure the patch at scales 0 to 2, by generating its prompts."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --model: picture of it, .png or .svg.")] = None,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "auto",
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
-    """Weaken or strengthen a patch.
+    """Weaken or strengthen a patch; or see how strong it has to be.
+
+    With --model, a table says for scales from 0 to 2 how many of the patch's own prompts (and of its cases' rephrasings) come
+    out right, generated, and how much of other text stays.
 
     \b
-    Example:
+    Examples:
       mint scale fix.safetensors 0.5 --out half.safetensors
+      mint scale fix.safetensors --model ./my-model --plot scale.svg
     """
+    if (factor is None) != (out is None):
+        raise typer.BadParameter("a factor and --out go together: the patch to write, and where")
+    if plot is not None and model is None:
+        raise typer.BadParameter("--plot needs --model, on which the patch is measured")
+    if factor is None and model is None:
+        raise typer.BadParameter("give a factor and --out, or --model to measure the patch at scales 0 to 2")
     from mint import patch as patches
+    from mint import pictures
 
     o.check_free(out, force)
-    whole = patches.scale(patches.load(patch), factor)
-    return _written(whole, patches.save(whole, out, force=force), as_json)
+    if plot is not None:
+        pictures.check_picture(plot, force)
+    loaded = patches.load(patch)
+    rows: list[dict] = []
+    if model is not None:
+        with console.working() as say:
+            lm, _ = o.load(model, device, dtype, say=say)
+            from mint.evaluation import strength
+
+            found = strength.over_scale(lm, loaded, say=say)
+            rows = strength.as_rows(found)
+            if plot is not None:
+                pictures.write_picture(strength.picture(found), plot, force=force)
+        if not as_json:
+            _show_scales(rows)
+    more = {} if model is None else {"scales": rows, "plot": None if plot is None else str(plot)}
+    if factor is None or out is None:
+        if as_json:
+            console.print_json(more)
+        elif plot is not None:
+            console.print_result(f"{plot}\n")
+        return 0
+    whole = patches.scale(loaded, factor)
+    return _written(whole, patches.save(whole, out, force=force), as_json, more)
+
+
+def _show_scales(rows: list[dict]) -> None:
+    columns = ["scale", "right", "rephrasings right", "other text unchanged", "KL (nats)"]
+    shown = [
+        (
+            f"{r['factor']:g}",
+            f"{r['right']} of {r['cases']}",
+            f"{r['rephrasings_right']} of {r['rephrasings']}" if r["rephrasings"] else "",
+            f"{r['argmax_unchanged']:.2%}",
+            f"{r['kl_mean']:.2g}",
+        )
+        for r in rows
+    ]
+    console.table("the patch over its scale", columns, shown, columns)
 
 
 def _written(patch, path: Path, as_json: bool, more: dict | None = None) -> int:
@@ -273,9 +328,12 @@ def log(
     Example:
       mint log ./my-model
     """
+    from mint import journal
     from mint.patch import provenance
     from mint.patch.provenance import named_place
 
+    if done := journal.recover(model):
+        console.note(done)
     if not model.is_dir():
         raise MintError(f"{model}: no such directory; give a model directory")
     listed = provenance.applied_patches(model)

@@ -126,6 +126,25 @@ def curves(
     return figure
 
 
+def grid(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], x: str, y: str, bar: str
+):
+    """Figure: shares as a grid of shades, white 0 and dark 1. rows, columns: names along the axes."""
+    side = max(3.0, 0.26 * len(columns) + 2.2), max(2.6, 0.26 * len(rows) + 1.6)
+    figure, context = _figure(*side, False)
+    try:
+        axes = figure.add_subplot()
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        figure.colorbar(image, label=bar)
+    finally:
+        context.__exit__(None, None, None)
+    return figure
+
+
 def _colour(number: int, themed: bool) -> str:
     return (_SERIES if themed else _PLAIN)[number % len(_SERIES)]
 

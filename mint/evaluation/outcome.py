@@ -6,6 +6,7 @@ from mint.evaluation import page
 from mint.files import jsonable
 from mint.measure import places
 from mint.model.lm import LM
+from mint.pictures import svg
 from mint.session import Outcome, Repair
 
 PLACES = ("contexts", "wordings", "near_misses")
@@ -79,5 +80,5 @@ def repair_page(lm: LM, outcome: Outcome) -> str:
         "specificity": {"other_tasks": outcome.specificity.as_dict()} if outcome.specificity else {},
     }
     shown = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
-    heatmap = plots.svg(plots.heat_map(lm, one.attribution)) if one.attribution is not None else None
+    heatmap = svg(plots.heat_map(lm, one.attribution)) if one.attribution is not None else None
     return page.repair_page(row, shown | ({"revision": lm.revision} if lm.revision else {}), heatmap)

@@ -27,6 +27,7 @@ from mint.files import jsonable, write_file
 from mint.measure import sandbox
 from mint.model.lm import LM
 from mint.patch import Patch, identity, save, versions
+from mint.pictures import svg
 from mint.solver.problem import Solution, Solver
 
 
@@ -278,7 +279,7 @@ def _heat_maps(lm: LM, cases: Sequence[Case], say: Callable[[str], None]) -> dic
         say(f"heat map of {case.id}")
         try:
             found = attribute(lm, case, exact=0, stability=False)
-            pictures[case.id] = plots.svg(plots.heat_map(lm, found))
+            pictures[case.id] = svg(plots.heat_map(lm, found))
         except MintError as error:
             say(f"no heat map of {case.id}: {error}")
     return pictures
