@@ -1,121 +1,128 @@
-"""The main job on two real mistakes of the built-in model; run it with scripts/demo.
+"""The main job on the built-in model, as anybody would type it; run it with scripts/demo.
 
-Shows what the model wrote, the neurons behind it, the edit, what the patched model writes in a fresh process that knows
-only the patch file, what else changed, and that reverting gives back every bit.
+A habit first: its call sites are mined from Python's own library, one neuron learns from eight of them and is proved on unseen ones.
+Then a single line. Then a process that knows only the patch files, and the way back, bit for bit.
 """
 
 import hashlib
-import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
-from mint import MintError, console, patch, session, solver
-from mint.case import Case
-from mint.cli import parts
-from mint.cli.repair import show_neurons
-from mint.model.lm import LM
-from mint.model.loading import BUILTIN, load_lm
+from mint import console
+from mint.cli import main as mint
+from mint.errors import MintError
+from mint.model.loading import BUILTIN, builtin_path
 
-OUT = Path(__file__).resolve().parent.parent / "results" / "demo"
-CASES = [
-    Case(
-        "fibonacci",
-        "def fibonacci(n):\n    if n <= 1:\n        return n\n    return",
-        " fibonacci(n - 1) + fibonacci(n - 2)\n",
-    ),
-    Case("unpack", "#!/bin/bash\n# unpack the archive src.tar.gz\ntar", " -xzf src.tar.gz\n"),
-]
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("results") / "demo"
+RULE, PAGE, HABIT, LINE = (
+    str(OUT / name) for name in ("clock.jsonl", "clock.html", "clock.safetensors", "line.safetensors")
+)
+COPY = OUT / "patched"
+WRONG, RIGHT = "time.time()", "time.perf_counter()"
+LEFT_OUT = ("test", "tests", "site-packages", "idlelib", "lib2to3", "encodings")
+CLOCK = "import time\n\nstart = time."
+FIBONACCI = "def fibonacci(n):\n    if n <= 1:\n        return n\n    return"
+FIXED = " fibonacci(n - 1) + fibonacci(n - 2)\n"
 
 
-def digest(lm: LM) -> str:
-    """SHA-256 of every weight of the model, bit for bit."""
-    found = hashlib.sha256()
-    for name, parameter in sorted(lm.model.named_parameters()):
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return found.hexdigest()
+def shown(argv: list[str]) -> str:
+    """A command as it is typed in bash."""
+
+    def word(text: str) -> str:
+        return (
+            "$'" + text.replace("'", "\\'").replace("\n", "\\n") + "'" if "\n" in text else shlex.quote(text)
+        )
+
+    return "$ mint " + " ".join(map(word, argv))
+
+
+def run(*argv: str) -> None:
+    """Show a command and run it here. Raises `MintError` where it fails, which it has then said itself."""
+    print("\n" + shown(list(argv)), flush=True)
+    code = mint(argv)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise MintError(f"`mint {argv[0]}` ended with exit code {code}")
 
 
 def fresh(prompt: str, *options: str) -> str:
     """What the model writes in a new process, through the command line."""
-    command = [sys.executable, "-m", "mint", "generate", "--model", BUILTIN, "--prompt", prompt]
-    command += ["--stop", "line", "--json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    argv = ["generate", "-m", BUILTIN, "--stop", "line", "-p", prompt, *options]
+    print("\n" + shown(argv), flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mint", *argv], capture_output=True, text=True, env=os.environ
+    )
     if done.returncode:
         raise MintError(f"the fresh process failed: {done.stderr.strip()}")
-    return json.loads(done.stdout)["text"]
+    print(done.stdout, end="", flush=True)
+    return done.stdout
 
 
-def main() -> int:
-    """Do it all; returns the exit code: 0 if everything held."""
+def digest(folder: Path) -> str:
+    """SHA-256 of all weights of a saved model."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def main() -> None:
+    """Do it all. Raises `MintError` where something did not hold."""
     started = time.perf_counter()
-    say = print
-    lm = load_lm(BUILTIN, say=say)
-    clean = digest(lm)
-    print(f"sha256 of all {sum(p.numel() for p in lm.model.parameters()):,} weights: {clean[:32]}")
+    os.chdir(ROOT)
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    with console.working() as say:
+        where = builtin_path(say)  # fetched and converted the first time
+    clean = digest(where)
 
-    wishes = session.Wishes()
-    outcome = session.repair(
-        lm,
-        CASES,
-        wishes,
-        solver.named("mint"),
-        attribute=parts.quick_attribution(wishes),
-        judge=parts.cause_or_carrier(),
-        prepare=parts.preparation(wishes, say),
-        say=say,
-    )
-    for one in outcome.repairs:
-        print(f"\n== {one.case.id}")
-        print(f"prompt       {one.case.prompt!r}")
-        print(f"it wrote     {one.generated_before!r}")
-        print(f"it should    {one.case.target!r}", flush=True)
-        if one.attribution is not None:
-            show_neurons(one.attribution.to_json(), 5)
-        for n in one.neurons:
-            print(
-                f"edit         layer {n['layer']}, neuron {n['index']} ({n['kind']}), in {one.seconds:.1f} s"
-            )
-        if one.verdict is not None:
-            print(f"these neurons are: {one.verdict.label}")
-    if not outcome.success or outcome.patch is None:
-        raise MintError(f"no acceptable repair: {outcome.reason}")
+    print("== A habit: it writes time.time() where durations are measured. Where does that show?")
+    left_out = [word for name in LEFT_OUT for word in ("--exclude", name)]
+    library = ["--from", sysconfig.get_path("stdlib"), *left_out, "--lines", "6", "--limit", "16"]
+    run("rule", "mine", "-m", BUILTIN, "--wrong", WRONG, "--right", RIGHT, *library, "--out", RULE)
 
-    OUT.mkdir(parents=True, exist_ok=True)
-    path = patch.save(outcome.patch, OUT / "fix.safetensors", force=True)
-    print(
-        f"\n== in a fresh process, from {path.relative_to(OUT.parent.parent)} ({path.stat().st_size:,} bytes)"
-    )
-    for case in CASES:
-        text = fresh(case.prompt, "--patch", str(path))
-        print(f"{case.id:12} {text!r}")
-        if text != case.target:
-            raise MintError(f"{case.id}: the patched model writes {text!r}, not {case.target!r}")
+    print("\n== One neuron learns from eight of the prompts; the others, of other files, judge it.")
+    files = ["--report", PAGE, "--out", HABIT]
+    run("repair", "-m", BUILTIN, "--rule", RULE, "--learn", "8", "--accept", "0.4", *files)
 
-    effects = outcome.specificity
-    print(f"\n== what else changed, on {effects.tokens} tokens of other lines")
-    print(f"next token unchanged     {effects.argmax_unchanged:.2%}")
-    print(f"right before, wrong now  {effects.argmax_broken:.2%}")
-    print(f"KL divergence, mean      {effects.kl_mean:.2g}")
+    print("\n== A single line, on top of that.")
+    single = ["-p", FIBONACCI, "-t", FIXED, "--no-contexts", "--no-explain"]
+    run("repair", "-m", BUILTIN, "--patch", HABIT, *single, "--out", LINE)
 
-    print("\n== revert")
-    loaded = patch.load(path)
-    patch.apply(lm, loaded)
-    print(f"patched   {digest(lm)[:32]}")
-    patch.revert(lm, loaded)
-    print(f"reverted  {digest(lm)[:32]}")
-    if digest(lm) != clean:
+    print("\n== In a process that knows only the patch files:")
+    before, after = fresh(CLOCK), fresh(CLOCK, "--patch", HABIT)
+    print(f"   before {before.strip()!r}, after {after.strip()!r}")
+    both = fresh(FIBONACCI, "--patch", HABIT, "--patch", LINE)
+    if both != FIXED:
+        raise MintError(f"the patched model writes {both!r}, not {FIXED!r}")
+
+    print("\n== Into a saved model, and out of it again:")
+    run("apply", HABIT, "-m", str(where), "--out", str(COPY))
+    run("apply", LINE, "-m", str(COPY), "--in-place")
+    patched = digest(COPY)
+    run("revert", LINE, "-m", str(COPY), "--in-place")
+    run("revert", HABIT, "-m", str(COPY), "--in-place")
+    print(f"\nsha256 clean     {clean}\nsha256 patched   {patched}\nsha256 reverted  {digest(COPY)}")
+    if digest(COPY) != clean or patched == clean:
         raise MintError("the reverted weights differ from the original ones")
-    print(f"every weight is bit-identical again; {time.perf_counter() - started:.0f} s in all")
-    return 0
+    shutil.rmtree(COPY)
+
+    print(f"\nEvery bit is as it was; {time.perf_counter() - started:.0f} s in all.")
+    print(f"The page of the habit, with every prompt before and after: {PAGE}")
 
 
 if __name__ == "__main__":
     try:
-        code = main()
+        main()
+        code = 0
     except MintError as error:
         console.note(f"demo: {error}")
         code = 1
