@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mint import pictures
 from mint.errors import MintError
 from mint.evaluation import charts, measuring, run
 from mint.evaluation.plan import Request
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
             themed=False,
         )
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.plot)
+        pictures.write_picture(figure, options.plot, force=True)
         values = {p.name: {"changed": p.x, "token_accuracy_behind_rephrasings": p.y} for p in points}
         write_file(options.plot.with_suffix(".json"), json.dumps(values, indent=1) + "\n", force=True)
     except MintError as error:

@@ -5,16 +5,19 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from mint import pictures
 from mint.evaluation import charts, summary
 from mint.evaluation import page as report
 from mint.evaluation.page import diff, page, repair_page, visible, worst_effects
 
+ROOT = Path(__file__).parents[1]
 EVIL = (
     "</pre><script>alert('x')</script><img src=x onerror=alert(1)>&amp;\x00\x1b[31m\u202e\"'{{ 7777*9091 }}"
 )
@@ -306,3 +309,39 @@ def test_the_page_never_scrolls_sideways_and_runs_no_script(tmp_path, width):
     title, scroll, inner, scripts = json.loads(found[1].replace("&quot;", '"'))
     assert title == "mint: evaluation" and scripts == 1
     assert scroll <= inner == width
+
+
+def test_a_picture_in_a_file_follows_a_light_or_a_dark_page(tmp_path):
+    figure = charts.curves([charts.Curve("a", [1, 2], [0.1, 0.2])], "x", "y", themed=False)
+    text = pictures.write_picture(figure, tmp_path / "a.svg").read_text()
+    assert "prefers-color-scheme: dark" in text
+    used = set(re.findall(r"var\((--c\d+)\)", text))
+    assert len(used) >= 3 and all(text.count(f"{name}: #") == 2 for name in used)
+    drawn = text[text.index("</style>") :]
+    assert not [c for c in pictures.DARK if c in drawn]
+    assert pictures.write_picture(figure, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pictures_of_rules_are_drawn_from_the_rows_of_the_bench(tmp_path):
+    share = {"share": 0.5, "right_after": 1, "cases": 2, "kept": 1}
+    row = {"rule": "a", "method": "mint", "n": 8, "unseen": share, "near": share, "changed": 0.01}
+    rows = [
+        row,
+        row | {"rule": "b", "changed": 0.02},
+        row | {"method": "lora", "changed": 0.1},
+        {"error": "no"},
+    ]
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "curve.jsonl").write_text("".join(json.dumps(row | {"n": n}) + "\n" for n in (1, 2, 8)))
+    at = {"rules": 1, "right now, at first, of": {"a": [3, 4, 5]}, "changed": 0.01, "broken": 0}
+    (tmp_path / "row.jsonl").write_text(json.dumps(at) + "\n" + json.dumps(at | {"rules": 5}) + "\n")
+    files = [x for n in ("run", "curve", "row") for x in (f"--{n}", str(tmp_path / f"{n}.jsonl"))]
+    command = [sys.executable, "scripts/plot_rules.py", *files, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.glob("*.svg")) == [
+        "rules_curve.svg",
+        "rules_frontier.svg",
+        "rules_row.svg",
+    ]
+    assert "lora" in (tmp_path / "rules_frontier.svg").read_text()

@@ -6,13 +6,14 @@ Draws what `mint.attribution` measured; measures nothing but the block effects o
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mint.attribution.exact import block_effects
 from mint.attribution.rank import Attribution
 from mint.errors import MintError
 from mint.model.lm import LM
-from mint.pictures import check_picture, write_picture
+from mint.pictures import FAINT, INK, STYLE, check_picture, write_picture
 
 POSITIONS = 48
 """Most positions of the heat map: the last ones before the fault."""
@@ -20,11 +21,9 @@ _GUILTY, _OPPOSING, _LINEAR = "#b2182b", "#2166ac", "#8c8c8c"
 
 
 def _visible(text: str) -> str:
-    """A token as it can be read on an axis; `$` would start mathematics in matplotlib."""
+    """A token as it can be read on an axis."""
     shown = text.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "·")
-    return "".join(
-        c if c.isprintable() and ord(c) < 0x2500 and c != "\ufffd" else "?" for c in shown
-    ).replace("$", r"\$")
+    return "".join(c if c.isprintable() and ord(c) < 0x2500 and c != "\ufffd" else "?" for c in shown)
 
 
 def _title(found: Attribution) -> str:
@@ -32,6 +31,7 @@ def _title(found: Attribution) -> str:
     return f"'{wrong}' instead of '{desired}' at position {found.fault['position']}"
 
 
+@rc_context(STYLE)
 def heat_map(lm: LM, found: Attribution, positions: int = POSITIONS) -> Figure:
     """Layers x positions: exact change of logit(wrong) - logit(desired) when one block is set to its reference there.
 
@@ -60,6 +60,7 @@ def heat_map(lm: LM, found: Attribution, positions: int = POSITIONS) -> Figure:
     return figure
 
 
+@rc_context(STYLE)
 def bars(found: Attribution, top: int = 15) -> Figure:
     """The guiltiest and the most opposing neurons: exact effect as bars, linear estimate as marks."""
     rows = [*found.neurons[:top], *reversed(found.opposing[: max(3, top // 3)])]
@@ -75,12 +76,12 @@ def bars(found: Attribution, top: int = 15) -> Figure:
     for place, row in zip(places, rows, strict=True):
         inside = low <= row["linear"] <= high
         marker = "D" if inside else ("<" if row["linear"] < 0 else ">")
-        axes.plot(max(low, min(high, row["linear"])), place, marker, color="black", ms=4, mfc=_LINEAR)
-    axes.plot([], [], "D", color="black", ms=4, mfc=_LINEAR, label="linear estimate (arrow: off the axis)")
+        axes.plot(max(low, min(high, row["linear"])), place, marker, color=INK, ms=4, mfc=_LINEAR)
+    axes.plot([], [], "D", color=INK, ms=4, mfc=_LINEAR, label="linear estimate (arrow: off the axis)")
     axes.set_xlim(low - pad / 3, high + pad / 3)
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
-    axes.axvline(0, color="black", lw=0.8)
+    axes.axvline(0, color=INK, lw=0.8)
     starred = any(r["always_on"] for r in rows)
     axes.set_ylabel("layer.neuron" + ("   (* always on)" if starred else ""))
     axes.set_xlabel("change of logit(wrong) − logit(desired) when set to its reference")
@@ -89,6 +90,7 @@ def bars(found: Attribution, top: int = 15) -> Figure:
     return figure
 
 
+@rc_context(STYLE)
 def lens(found: Attribution, top: int = 10) -> Figure:
     """A table: the tokens that each of the guiltiest neurons pushes up and down at the fault (logit lens)."""
     rows = [r for r in found.neurons[:top] if "promotes" in r]
@@ -119,10 +121,10 @@ def lens(found: Attribution, top: int = 10) -> Figure:
     table.set_fontsize(8)
     table.scale(1, 1.3)
     for (row, _), cell in table.get_celld().items():
-        cell.set_edgecolor("#dddddd")
+        cell.set_edgecolor(FAINT)
         cell.PAD = 0.02
         if row == 0:
-            cell.set_facecolor("#f0f0f0")
+            cell.set_facecolor("none")
     axes.set_title(f"What the guiltiest neurons write\n{_title(found)}", fontsize=10)
     return figure
 

@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mint import pictures
+
 # Stand-ins that `svg` turns into the page's own colours; any colour that nobody would choose does.
 _INK = "#010203"
 _FAINT = "#040506"
 _SERIES = tuple(f"#0a0b{n:02x}" for n in range(8))
-_PLAIN = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d", "#4b5563")
 _MARKS = "osD^vPX*"
 _MOST_INSIDE = 6
 """Entries of a legend that find room inside the axes."""
@@ -43,22 +44,9 @@ def _figure(width: float, height: float, themed: bool):
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    ink, faint = (_INK, _FAINT) if themed else ("#1f2937", "#d1d5db")
-    settings = {
-        "font.size": 10,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "grid.color": faint,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.facecolor": "none",
-        "figure.facecolor": "none" if themed else "white",
-        "legend.frameon": False,
-        "text.parse_math": False,  # names hold dollars and carets
-    }
+    inks = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color".split()
+    own = dict.fromkeys(inks, _INK) | {"grid.color": _FAINT, "figure.facecolor": "none"}
+    settings = pictures.STYLE | (own if themed else {})
     context = rc_context(settings)
     context.__enter__()
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -146,7 +134,7 @@ def grid(
 
 
 def _colour(number: int, themed: bool) -> str:
-    return (_SERIES if themed else _PLAIN)[number % len(_SERIES)]
+    return (_SERIES if themed else pictures.SERIES)[number % len(_SERIES)]
 
 
 def _mark(number: int) -> str:
