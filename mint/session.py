@@ -431,6 +431,7 @@ class Session:
             "solver": self.wishes.solver,
             "stop": self.wishes.stop,
             "chat": self.lm.template is not None,
+            "system": None if self.lm.template is None else self.lm.template.system,
             "settings": _recorded(self.wishes.settings),
             "measured": None if effects is None else jsonable(effects.as_dict()),
             "reference": reference_digest(self.wishes.settings.reference),

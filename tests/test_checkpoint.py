@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mint import journal
 from mint import patch as P
+from mint.cli import main
 from mint.errors import ModelError, PatchError
 from mint.model.loading import load_lm
 from mint.patch import checkpoint as C
 from mint.patch.names import describe
 from tests.conftest import byte_tokenizer, same_bits, tiny_lm, tiny_model, weights_of
 from tests.test_patch import random_patch as nameless_patch
+from tests.test_situations import gemma3, in_two
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -445,8 +448,8 @@ def test_every_copy_of_a_weight_is_changed(tmp_path):
     unchanged(tmp_path, lambda: C.revert(model, patch), match="differ from the patch's 'after'")
 
 
-def test_a_model_behind_an_eye_keeps_its_eye(tmp_path):
-    """Names in the file and in the module differ; what the text model does not use is copied all the same."""
+def behind_an_eye(folder: Path) -> Path:
+    """A saved wrapper with a vision tower."""
     import transformers as T
 
     text = T.Qwen3_5TextConfig(
@@ -459,9 +462,16 @@ def test_a_model_behind_an_eye_keeps_its_eye(tmp_path):
     )  # fmt: skip
     torch.manual_seed(0)
     config = T.Qwen3_5Config(text_config=text.to_dict(), vision_config=eye)
-    T.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
-    byte_tokenizer().save_pretrained(tmp_path / "m")
-    model, clean = tmp_path / "m", hashes(tmp_path / "m")
+    T.Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("wrapper", [behind_an_eye, gemma3])
+def test_a_model_behind_an_eye_keeps_its_eye(tmp_path, wrapper):
+    """Names in the file and in the module differ; what the text model does not use is copied all the same."""
+    model = wrapper(tmp_path / "m")
+    clean = hashes(model)
     lm = load_lm(str(model))
     patch = random_patch(lm)
     out = C.apply(model, patch, out=tmp_path / "fixed")
@@ -470,12 +480,33 @@ def test_a_model_behind_an_eye_keeps_its_eye(tmp_path):
         C.PROVENANCE,
         "README.md",
     }
-    assert (out / "model.safetensors").stat().st_size == (model / "model.safetensors").stat().st_size
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
+    moved = {
+        n: int((before[n] != after[n]).any(-1).sum()) for n in before if not torch.equal(before[n], after[n])
+    }
+    assert len(moved) == 4 and not any("vis" in name for name in moved)
     wanted = patched_weights(model, patch)
     C.apply(model, patch)
     assert same_bits(weights_of(load_lm(str(model))), wanted)
     C.revert(model, patch)
     assert hashes(model) == clean
+
+
+def test_a_gguf_model_in_parts_is_patched_into_a_directory(tmp_path, capsys):
+    """No GGUF is written: the copy holds the weights as the patch was made on them. In place is refused."""
+    first, _ = in_two(tmp_path)
+    lm = load_lm(str(first))
+    patch = random_patch(lm)
+    file = P.save(patch, tmp_path / "fix.safetensors")
+    parts = {p.name: p.read_bytes() for p in tmp_path.glob("*.gguf")}
+    assert main(["apply", str(file), "-m", str(first), "--out", str(tmp_path / "fixed")]) == 0
+    with P.applied(lm, patch):
+        assert same_bits(weights_of(load_lm(str(tmp_path / "fixed"))), weights_of(lm))
+    assert main(["apply", str(file), "-m", str(first), "--in-place"]) == 1
+    assert "give --out DIR for a copy" in capsys.readouterr().err
+    assert main(["apply", str(file), "-m", str(first), "--out", str(tmp_path / "fixed.gguf")]) == 1
+    assert "no GGUF file is written" in capsys.readouterr().err
+    assert parts == {p.name: p.read_bytes() for p in tmp_path.glob("*.gguf")}
 
 
 def test_nothing_is_written_through_links(tmp_path):

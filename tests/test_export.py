@@ -202,6 +202,31 @@ def test_a_trigger_goes_into_the_gguf_adapter(tmp_path, lm):
     assert gguf.GGUFReader(path).fields["adapter.alora.invocation_tokens"].contents() == [5, 6]
 
 
+@pytest.mark.parametrize(("needed", "scale", "code"), [(1.0, 1.0, 0), (1.4, 1.5, 0), (9.0, 1.0, 3)])
+def test_the_margin_is_raised_as_far_as_a_quantised_file_needs(
+    tmp_path, lm, monkeypatch, capsys, needed, scale, code
+):
+    """A stand-in for llama.cpp that wants the patch at a larger scale."""
+    from mint.cli import main
+    from mint.patch import consumer
+    from mint.patch.record import Answer
+
+    def ask(model, adapter, patch):
+        case = Case("c", "p", "t\n")
+        return [Answer(case, "t\n" if patch.info.get("scaled", 1.0) >= needed else "no\n")]
+
+    monkeypatch.setattr(consumer, "ask_llama_cpp", ask)
+    patch = exportable(lm)
+    file, out = P.save(patch, tmp_path / "fix.safetensors"), tmp_path / "fix.gguf"
+    options = ["--format", "gguf-lora", "--out", str(out), "--verify-gguf", "model.gguf", "--json"]
+    assert main(["export", str(file), *options]) == code
+    said = capsys.readouterr()
+    assert json.loads(said.out)["scale"] == scale
+    assert code == 0 or "even at scale 2" in said.err
+    wanted = to_gguf_lora(P.scale(patch, scale), tmp_path / "wanted.gguf")
+    assert out.read_bytes() == wanted.read_bytes()
+
+
 @pytest.mark.real
 @pytest.mark.llamacpp
 def test_llama_cpp_writes_the_target_with_the_adapter(tmp_path, real_lm, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from mint import patch as P
 from mint.cli import main
+from mint.model.lm import Template
 from tests.conftest import tiny_lm
 from tests.test_bank import CASES, repaired
 
@@ -29,9 +30,11 @@ class _Server(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] == "tiny" and asked["temperature"] == 0
-        ids = self.lm.encode_prompt(asked["prompt"])
-        written = self.lm.generate([ids], asked["max_tokens"])[0]
-        self._answer({"choices": [{"text": self.lm.continuation(ids, written)}]})
+        chat = self.path == "/v1/chat/completions"
+        dressed = replace(self.lm, template=Template(asked["messages"][0]["content"])) if chat else self.lm
+        ids = dressed.encode_prompt(asked["messages"][-1]["content"] if chat else asked["prompt"])
+        text = self.lm.continuation(ids, self.lm.generate([ids], asked["max_tokens"])[0])
+        self._answer({"choices": [{"message": {"content": text}} if chat else {"text": text}]})
 
     def log_message(self, *_):
         pass
@@ -62,6 +65,19 @@ def test_it_tells_the_patched_server_from_the_plain_one(served, tmp_path, capsys
     result = json.loads(capsys.readouterr().out)
     assert result["patched"] and result["served_model"] == "tiny"
     assert [c["holds"] for c in result["cases"]] == [True]
+
+
+def test_a_patch_made_in_a_chat_is_asked_in_a_chat(served, tmp_path, capsys):
+    lm, url = served
+    lm.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chatting = replace(lm, template=Template("be brief"))
+    patch = repaired(chatting, CASES[0])
+    patch = replace(patch, info=patch.info | {"chat": True, "system": "be brief"})
+    file = P.save(patch, tmp_path / "fix.safetensors")
+    with P.applied(lm, patch):
+        assert main(["selftest", "--url", url, "--patch", str(file)]) == 0
+    assert main(["selftest", "--url", url, "--patch", str(file)]) == 3
+    capsys.readouterr()
 
 
 def test_what_does_not_answer_is_told_in_one_line(tmp_path, capsys):

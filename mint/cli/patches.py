@@ -369,7 +369,8 @@ def export(
     verify_gguf: Annotated[
         Path | None,
         typer.Option(
-            help="gguf-lora: generate with this model file and the adapter in llama.cpp; exit 3 if a case fails."
+            help="gguf-lora: generate with this model file and the adapter in llama.cpp; the patch is scaled up to 2"
+            " where the file needs more margin; exit 3 if a case fails even so."
         ),
     ] = None,
     force: o.Force = False,
@@ -389,7 +390,7 @@ def export(
         raise typer.BadParameter("--trigger and --verify-gguf belong to --format gguf-lora")
     if trigger is not None and model is None:
         raise typer.BadParameter("--trigger needs --model, whose tokenizer makes its tokens")
-    answers = []
+    answers, scaled = [], 1.0
     with console.working() as say:
         say("importing")
         from mint import patch as patches
@@ -407,17 +408,26 @@ def export(
             from mint.patch import consumer
 
             say(f"generating in llama.cpp with {verify_gguf}")
-            answers = consumer.ask_llama_cpp(verify_gguf, path, loaded)
+            scaled, answers = consumer.fit_to_llama_cpp(
+                verify_gguf, loaded, lambda one: exports.to_gguf_lora(one, out, force=True, **more)
+            )
     broken = [a for a in answers if not a.holds]
     if as_json:
         result = {"out": str(path), "format": to}
-        console.print_json(result | ({"cases": [a.to_json() for a in answers]} if verify_gguf else {}))
+        verified = {"cases": [a.to_json() for a in answers], "scale": scaled}
+        console.print_json(result | (verified if verify_gguf else {}))
     else:
+        if scaled != 1:
+            console.note(
+                f"{verify_gguf} needs a larger margin: the adapter holds the patch at scale {scaled:g}, as `mint scale"
+                f" {patch} {scaled:g}` would make it"
+            )
         console.print_result(f"{path}\n")
     if broken:
         raise NoRepair(
             f"the adapter was written, but with {verify_gguf} llama.cpp writes {broken[0].written!r} instead of"
-            f" {broken[0].case.target!r}; repair again with a larger --margin, or on that file (mint repair -m {verify_gguf})"
+            f" {broken[0].case.target!r}, even at scale 2; repair on that file (mint repair -m {verify_gguf}), or with a larger"
+            " --margin"
         )
     return 0
 
@@ -450,19 +460,20 @@ def selftest(
         from mint.patch import consumer
 
         before: dict[str, str] = {}
+        template = None
         if patch is not None:
             from mint import patch as patches
-            from mint.patch.record import promised
+            from mint.patch.record import promised, template_of
 
             loaded = patches.load(patch)
-            wanted = promised(loaded)
+            wanted, template = promised(loaded), template_of(loaded)
             before = consumer.wrote_before(loaded)
         else:
             wanted = load_cases(cases)
         if not wanted:
             raise MintError(f"{patch} records no cases and no rules; give --cases")
         say(f"asking {url}")
-        served, answers = consumer.ask_server(url, wanted, name, timeout)
+        served, answers = consumer.ask_server(url, wanted, name, timeout, template)
     wrong = [a for a in answers if not a.holds]
     base = [
         a for a in wrong if before.get(a.case.id) and a.written.startswith(before[a.case.id].rstrip("\n"))

@@ -137,6 +137,11 @@ def _check_out(folder: Path | None, out: Path, force: bool) -> None:
         out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents
     ):
         raise PatchError(f"{out} lies in the model's own directory; give another --out, or --in-place")
+    if out.suffix == ".gguf":
+        raise PatchError(
+            f"{out}: no GGUF file is written, only a model directory; give --out a directory, or export the patch for"
+            " llama.cpp with `mint export --format gguf-lora`"
+        )
     if not out.parent.is_dir():
         raise PatchError(f"cannot write {out}: {out.parent} is no directory; make it first")
     if not out.exists():

@@ -3,14 +3,18 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mint.case import Case
 from mint.errors import MintError, PatchError
+from mint.model.text import Template
+from mint.patch.algebra import scale
 from mint.patch.edit import Patch
-from mint.patch.record import Answer, promised
+from mint.patch.record import Answer, promised, template_of
 
+LLAMA_SCALES = (1.0, 1.25, 1.5, 2.0)
+"""Scales of a patch that are tried in llama.cpp, least first."""
 SPARE_TOKENS = 16
 """More tokens than characters of a target are never needed; these few show what comes behind it."""
 
@@ -21,6 +25,12 @@ def _cut(text: str, target: str) -> str:
         return target
     lines = target.count("\n") + (0 if target.endswith("\n") else 1)
     return "\n".join(text.split("\n")[:lines]) + ("\n" if target.endswith("\n") else "")
+
+
+def _messages(template: Template, case: Case) -> list[dict[str, str]]:
+    """A prompt as a chat."""
+    system = [] if template.system is None else [{"role": "system", "content": template.system}]
+    return [*system, {"role": "user", "content": case.prompt}]
 
 
 def wrote_before(patch: Patch) -> dict[str, str]:
@@ -57,23 +67,53 @@ def ask_llama_cpp(model: str | Path, adapter: str | Path, patch: Patch) -> list[
             f"llama.cpp cannot load {model} with {adapter} ({' '.join(str(error).split())[:150]}); is the adapter of the same"
             " model?"
         ) from None
-    answers = []
+    answers, template = [], template_of(patch)
     for case in promised(patch):
         budget = len(llama.tokenize(case.target.encode(), add_bos=False)) + SPARE_TOKENS
-        done = llama.create_completion(case.prompt, max_tokens=budget, temperature=0.0, repeat_penalty=1.0)
-        answers.append(Answer(case, _cut(done["choices"][0]["text"], case.target)))
+        plain = {"max_tokens": budget, "temperature": 0.0, "repeat_penalty": 1.0}
+        if template is None:
+            text = llama.create_completion(case.prompt, **plain)["choices"][0]["text"]
+        else:
+            said = llama.create_chat_completion(_messages(template, case), **plain)
+            text = said["choices"][0]["message"]["content"]
+        answers.append(Answer(case, _cut(text or "", case.target)))
     return answers
+
+
+def fit_to_llama_cpp(
+    model: str | Path, patch: Patch, write: Callable[[Patch], Path]
+) -> tuple[float, list[Answer]]:
+    """(scale, answers): the least scale of the patch in `LLAMA_SCALES` at which llama.cpp writes every target.
+
+    A quantised file has other margins than the weights that the patch was made on; scaling what the neurons write raises
+    the patch's. write: writes the adapter of a patch, over the one before, and returns its path. Where no scale is enough
+    the adapter of scale 1 and its answers are what is left. Raises as `ask_llama_cpp`.
+    """
+    first: list[Answer] = []
+    for factor in LLAMA_SCALES:
+        scaled = scale(patch, factor)
+        answers = ask_llama_cpp(model, write(scaled), scaled)
+        if all(a.holds for a in answers):
+            return factor, answers
+        first = first or answers
+    write(patch)
+    return 1.0, first
 
 
 # ---------------------------------------------------------------------- a running server
 
 
 def ask_server(
-    url: str, cases: Sequence[Case], name: str | None = None, timeout: float = 60.0
+    url: str,
+    cases: Sequence[Case],
+    name: str | None = None,
+    timeout: float = 60.0,
+    template: Template | None = None,
 ) -> tuple[str, list[Answer]]:
-    """(model name, answers) of an OpenAI-compatible server (`/v1/completions`) to the cases' prompts, greedily.
+    """(model name, answers) of an OpenAI-compatible server to the cases' prompts, greedily.
 
-    name: model to ask; default the first that the server lists. timeout: seconds for one answer. Raises `MintError` where
+    name: model to ask; default the first that the server lists. timeout: seconds for one answer. template: ask in a chat
+    (`/v1/chat/completions`); default plain text (`/v1/completions`). Raises `MintError` where
     nothing answers, or not in that way.
     """
     root = url.rstrip("/").removesuffix("/v1")
@@ -86,15 +126,13 @@ def ask_server(
         name = str(listed[0].get("id"))
     answers = []
     for case in cases:
-        body = {
-            "model": name,
-            "prompt": case.prompt,
-            "max_tokens": len(case.target.encode()) + SPARE_TOKENS,
-            "temperature": 0,
-        }
-        found = _call(f"{root}/v1/completions", body, timeout)
+        body = {"model": name, "max_tokens": len(case.target.encode()) + SPARE_TOKENS, "temperature": 0}
+        body |= {"prompt": case.prompt} if template is None else {"messages": _messages(template, case)}
+        address = f"{root}/v1/{'completions' if template is None else 'chat/completions'}"
+        found = _call(address, body, timeout)
         try:
-            text = found["choices"][0]["text"]
+            choice = found["choices"][0]
+            text = choice["text"] if template is None else choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise MintError(
                 f"{root} answers no completion ({json.dumps(found)[:150]}); is it an OpenAI-compatible server?"

@@ -88,8 +88,15 @@ def ask_patch(lm: LM, patch: Patch) -> list[Answer]:
     return ask(_dressed(lm, patch), promised(patch), patch.info.get("stop") or "auto")
 
 
+def template_of(patch: Patch) -> Template | None:
+    """The chat that a patch was made in; None where its prompts are plain text."""
+    system = patch.info.get("system")
+    return Template(system if isinstance(system, str) else None) if patch.info.get("chat") else None
+
+
 def _dressed(lm: LM, patch: Patch) -> LM:
-    return replace(lm, template=lm.template or Template()) if patch.info.get("chat") else lm
+    template = template_of(patch)
+    return lm if template is None else replace(lm, template=lm.template or template)
 
 
 def contradictions(patches: Iterable[Patch]) -> list[tuple[Case, Case]]:
