@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mint.model import precision
 from mint.model.hooks import record
 from mint.model.loading import cache_dir
 from mint.patch import Patch, apply, identity, make_edit, revert
@@ -15,6 +16,7 @@ from tests.conftest import tiny_lm
 def _little_text(monkeypatch):
     monkeypatch.setattr(moments, "PASSAGE_TOKENS", 700)
     monkeypatch.setattr(moments, "LINE_TOKENS", 300)
+    monkeypatch.setattr(precision, "in_hardware", lambda: False)
 
 
 def files():
@@ -154,3 +156,16 @@ def test_half_precision_models_have_float32_statistics(dtype):
     assert half.inputs_second[1].dtype == torch.float32 and half.key != whole.key
     scale = whole.neurons_square[1].sqrt().mean()
     assert float((half.neurons_mean[1] - whole.neurons_mean[1]).abs().mean()) < 0.1 * scale
+
+
+def test_a_cpu_with_bfloat16_instructions_uses_them_for_averages(any_lm, monkeypatch):
+    exact = statistics(any_lm, cache=False)
+    wanted = [exact.inputs_second[1], exact.neurons_mean[1], exact.neurons_energy[1], exact.inputs_mean[1]]
+    monkeypatch.setattr(precision, "in_hardware", lambda: True)
+    moments._MEMO.pop(any_lm.model)
+    coarse = statistics(any_lm, cache=False)
+    found = [coarse.inputs_second[1], coarse.neurons_mean[1], coarse.neurons_energy[1], coarse.inputs_mean[1]]
+    assert coarse.key != exact.key
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).norm()) < 0.03 * float(b.norm())
+    assert not any("forward" in module.__dict__ for module in any_lm.model.modules())

@@ -23,10 +23,10 @@ from mint.files import write_file
 from mint.model.hooks import record, record_block_inputs, stopped_after
 from mint.model.lm import LM
 from mint.model.loading import cache_dir
-from mint.model.precision import fast
+from mint.model.precision import coarse, is_coarse
 from mint.reference.texts import WINDOW, passages, reference_lines, reference_texts
 
-_VERSION = 7
+_VERSION = 8
 SAMPLE_DEPTHS = (0.8, 0.9, 0.67, 0.5)
 """Layers, as shares of all, in which the solver edits, in the order it tries them."""
 PASSAGE_TOKENS = 3584
@@ -129,7 +129,7 @@ def statistics(
             known.parts |= _read(known.key, missing)
             missing = [part for part in missing if part not in known.parts]
         if missing:
-            with fast(lm):
+            with coarse(lm):
                 found = _measure(lm, _chosen(lm, texts, shipped), missing, say)
             known.parts |= found
             if cache and reference_key(lm, texts) == known.key:
@@ -195,6 +195,7 @@ def reference_key(lm: LM, texts: Sequence[str]) -> str:
     """SHA-256 of all that statistics of the model on these texts depend on."""
     digest = hashlib.sha256()
     amounts = [_VERSION, WINDOW, PASSAGE_TOKENS, LINE_TOKENS]
+    amounts.append(is_coarse(lm))
     digest.update(json.dumps([*amounts, lm.fingerprint, str(lm.dtype), lm.tokenizer_hash, texts]).encode())
     digest.update(json.dumps(reference_lines()).encode())
     # Edits change the statistics of later layers: the weights that mint edits belong to the key.
