@@ -42,6 +42,10 @@ SETTINGS_MARGINS = (5.0, 10.0, 20.0)
 """Logit margins tried one after another where a repair does not hold under the model's own generation settings: a
 repetition penalty of 1.1 takes a tenth of the logit of a token that was seen before."""
 
+REROUTED = 0.1
+"""In a mixture of experts, the largest share of tokens of other text that a repair may send to other experts in some layer:
+what they write there is no longer what the model was trained to write."""
+
 Attribute = Callable[[LM, Problem], Any]
 Judge = Callable[[LM, Problem, Patch], Any]
 Prepare = Callable[[LM], Any]
@@ -321,6 +325,7 @@ class Session:
                     job.prove(self.lm)
                     if self.wishes.protect:
                         self._check_guards()
+                        self._check_routing(change)
             finally:
                 timing["verify"] = time.perf_counter() - started
         except Refused as refusal:
@@ -380,6 +385,19 @@ class Session:
                     f"the edit breaks {guard.why}: behind {quoted(self.lm.decode(guard.encoded.prompt)[-40:])} it writes"
                     f" {quoted(guards.written(self.lm, guard))} instead of {quoted(guards.wanted(self.lm, guard))}"
                 )
+
+    def _check_routing(self, change: Change) -> None:
+        """Called while the change is in; a dense model has nothing to check."""
+        if self._clean is None or not self.lm.layout.experts or not isinstance(change, Patch):
+            return
+        changes = [*self.stack.patches, change]
+        since = min(edit.layer for patch in changes for edit in patch.edits)
+        share = specificity.compare(self.lm, self._clean, worst=0, since=since).routing_changed or 0.0
+        if share > REROUTED:
+            raise Refused(
+                f"the edit sends {share:.0%} of the tokens of other text to other experts, more than {REROUTED:.0%}; lower"
+                " --generalize or --margin"
+            )
 
     # ------------------------------------------------------------------ one case
 

@@ -1,6 +1,8 @@
 """Mixtures of experts: neurons of routed experts are found by structure and obey the same identities as dense ones."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from mint import patch as patches
+from mint import session
 from mint.attribution import attribute
 from mint.attribution.exact import exact_scores, record_run
 from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
 from mint.case import Case
 from mint.errors import LayoutError, PatchError
+from mint.measure import specificity
 from mint.model.experts import focused, focused_at, focused_for, record_routes, routes
 from mint.model.hooks import override, record, record_block_inputs
 from mint.model.layout import find_layout
@@ -342,3 +346,56 @@ def test_the_layout_of_a_saved_mixture_is_the_same(tmp_path):
     lm.model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert find_layout(again) == lm.layout and find_layout(again).experts == lm.layout.experts
+
+
+def test_tokens_that_are_sent_to_other_experts_are_counted(mixture):
+    lm, layer = mixture, min(mixture.layout.experts)
+    sequences = [specificity.of_ids(IDS), specificity.of_ids([7, 8, 9, 10])]
+    clean = specificity.baseline(lm, sequences, states=[1, 2])
+    assert specificity.compare(lm, clean).routing_changed == 0
+    before = [routes(lm, ids) for ids, _, _ in sequences]
+    module = lm.module(lm.layout.experts[layer].module)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        module.down_proj.add_(torch.randn_like(module.down_proj) / 2)
+    effects = specificity.compare(lm, clean)
+    moved = []
+    for (ids, positions, _), old in zip(sequences, before, strict=True):
+        new = routes(lm, ids)
+        moved += [
+            any(set(new[at].index[0, p].tolist()) != set(old[at].index[0, p].tolist()) for at in new)
+            for p in positions
+        ]
+    assert effects.routing_changed == pytest.approx(sum(moved) / len(moved))
+    assert effects.as_dict()["routing_changed"] == effects.routing_changed
+    if len(lm.layout.experts) > 1 and lm.layout.experts.keys() - {layer, layer + 1}:
+        assert effects.routing_changed > 0
+
+
+def test_a_dense_model_has_no_routing_to_change(lm):
+    clean = specificity.baseline(lm, [specificity.of_ids(IDS)])
+    assert specificity.compare(lm, clean).routing_changed is None
+
+
+def test_a_repair_that_sends_other_text_to_other_experts_is_refused(monkeypatch):
+    lm = tiny_lm("qwen3_moe")
+    before = weights_of(lm)
+    case = replace(case_of(lm), stop="none")
+    wishes = session.Wishes(settings=Settings(generalize=0.0, layers=(0,)), contexts=False)
+    monkeypatch.setattr(session, "REROUTED", 1.0)
+    allowed = session.repair(lm, [case], wishes, solve)
+    assert allowed.success and allowed.specificity.routing_changed > 0
+    monkeypatch.setattr(session, "REROUTED", 0.0)
+    refused = session.repair(lm, [case], wishes, solve)
+    assert not refused.success and "to other experts" in refused.reason and refused.patch is None
+    assert same_bits(before, weights_of(lm))
+
+
+def test_a_target_whose_tokens_share_no_expert_is_refused_in_one_line():
+    lm = tiny_lm("mixtral")
+    encoded = lm.encode(Case("long", "ab c", "qzjkxvw ypmq"), "none")
+    solution = solve(lm, Problem(Case("long", "ab c", "qzjkxvw ypmq"), encoded), Settings(generalize=0.0))
+    assert solution.change is None
+    assert re.search(
+        r"cannot write all 1\d wrong tokens when no expert gets more than \d+ of them", solution.reason
+    )

@@ -274,6 +274,8 @@ def _show(outcome, result: dict) -> None:
         console.table("neurons changed", ["layer", "neuron", "edit"], edits, ["layer", "neuron"])
     effects = result["specificity"]
     if effects:
+        sent = effects["routing_changed"]
+        routing = [] if sent is None else [("sent to other experts in some layer", f"{sent:.2%}")]
         console.table(
             f"what else changed, on {effects['tokens']} tokens of other text",
             ["measure", "value"],
@@ -282,6 +284,7 @@ def _show(outcome, result: dict) -> None:
                 ("right before, wrong now", f"{effects['argmax_broken']:.2%}"),
                 ("KL divergence, mean", f"{effects['kl_mean']:.2g}"),
                 ("KL divergence, largest", f"{effects['kl_max']:.2g}"),
+                *routing,
             ],
             ["value"],
         )

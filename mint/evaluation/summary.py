@@ -19,6 +19,7 @@ _EFFECTS = (
     "kl_max",
     "perplexity_ratio",
     "sequences_unchanged",
+    "routing_changed",
 )
 
 
@@ -102,7 +103,7 @@ def _efficacy(row: dict, key: str) -> float:
 def _effects(measured: list[dict], domain: str) -> dict:
     """Means over cases of the shares and divergences; `kl_max` is the largest of all."""
     parts = [r["specificity"][domain] for r in measured if r["specificity"].get(domain)]
-    found = {name: _mean([p[name] for p in parts if p[name] is not None]) for name in _EFFECTS}
+    found = {name: _mean([p[name] for p in parts if p.get(name) is not None]) for name in _EFFECTS}
     found["kl_max"] = max((p["kl_max"] for p in parts), default=None)
     return found | {"cases": len(parts), "tokens": sum(p["tokens"] for p in parts)}
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mint.batches import alike
 from mint.errors import MintError
+from mint.model.experts import record_routes
 from mint.model.lm import LM, Encoded
 from mint.model.suffix import record_states, start_at
 from mint.reference import sample_layers
@@ -65,6 +66,8 @@ class Baseline:
     """Per batch: layer -> what entered it, [batch, tokens, width], for the layers that were asked for."""
     as_tuple: int = 0
     """Whether the model's layers return tuples."""
+    routed: tuple[dict[int, Tensor], ...] = ()
+    """Per batch: layer -> the experts that each measured token is sent to there, [positions, k], in ascending order."""
 
     @property
     def tokens(self) -> int:
@@ -91,6 +94,9 @@ class Specificity:
     sequences_unchanged: float
     """Share of sequences in which no measured argmax changed (a model's own output is then written again exactly)."""
     tokens: int
+    routing_changed: float | None = None
+    """Share of all tokens measured that at least one layer sends to another set of experts than before; None in a model
+    without routed experts."""
     worst: list[dict] = field(default_factory=list)
     """The worst tokens: broken ones first, then changed ones, then by KL. Each has sequence, position, kl, broken, changed,
     and the texts context, before, after, wanted (None where nobody knows)."""
@@ -115,6 +121,8 @@ class Tokens:
     owner: Tensor
     """Index of the sequence."""
     position: Tensor
+    rerouted: Tensor | None = None
+    """[tokens] bool: whether any layer's set of experts is another; None without routed experts."""
 
 
 # ---------------------------------------------------------------------- measuring
@@ -139,6 +147,7 @@ def baseline(
     sequences = tuple(_checked(lm, s, i) for i, s in enumerate(sequences))
     hidden = [torch.zeros(0, 0) for _ in sequences]
     batches, kept, as_tuple = tuple(map(tuple, _batches(sequences, tokens))), [], 0
+    routed: list[dict[int, Tensor]] = []
     for batch in batches:
         rows, columns = _places(sequences, batch)
         seen: list[Tensor] = []
@@ -147,14 +156,21 @@ def baseline(
             seen.append(selected)
             return selected[:1]  # the logits are not needed: let the unembedding do one row
 
-        with _at_unembedding(lm, rows, columns, remember), record_states(lm, list(states)) as entered:
+        with (
+            _at_unembedding(lm, rows, columns, remember),
+            record_states(lm, list(states)) as entered,
+            record_routes(lm) as sent,
+        ):
             lm.model(input_ids=lm.pad([sequences[i][0] for i in batch]), use_cache=False)
         split = seen[0].cpu().split([len(sequences[i][1]) for i in batch])
         for i, part in zip(batch, split, strict=True):
             hidden[i] = part.clone()
         kept.append({layer: state.cpu().clone() for layer, state in entered.hidden.items()})
         as_tuple = entered.as_tuple
-    return Baseline(sequences, tuple(hidden), _head(lm), batches, tuple(kept), as_tuple)
+        routed.append(
+            {layer: found.index[rows, columns].sort(-1).values.cpu() for layer, found in sent.items()}
+        )
+    return Baseline(sequences, tuple(hidden), _head(lm), batches, tuple(kept), as_tuple, tuple(routed))
 
 
 @torch.no_grad()
@@ -182,6 +198,7 @@ def token_effects(lm: LM, baseline: Baseline, since: int | None = None) -> Token
         with (
             _restarted(lm, baseline, number, since),
             _at_unembedding(lm, rows, columns, lambda new, old=old: torch.cat([old.to(new), new])),
+            record_routes(lm) as sent,
         ):
             out = lm.model(input_ids=lm.pad([baseline.sequences[i][0] for i in batch]), use_cache=False)
         before, after = out.logits[0].chunk(2)
@@ -189,15 +206,20 @@ def token_effects(lm: LM, baseline: Baseline, since: int | None = None) -> Token
             [w for i in batch for w in _targets(baseline.sequences[i])], device=before.device
         )
         found = _effects(before, after, wanted)
+        found["rerouted"] = torch.zeros(len(rows), dtype=torch.bool)
+        for layer, routes in sent.items():  # layers below a restart send every token where they did
+            now = routes.index[rows, columns].sort(-1).values.cpu()
+            found["rerouted"] |= (now != baseline.routed[number][layer]).any(-1)
         sizes = [len(baseline.sequences[i][1]) for i in batch]
         for name, values in found.items():
             for i, part in zip(batch, values.cpu().split(sizes), strict=True):
                 parts.setdefault(i, {})[name] = part
     ordered = [parts[i] for i in sorted(parts)]
     joined = {name: torch.cat([p[name] for p in ordered]) for name in _FIELDS} if ordered else _NOTHING
+    rerouted = torch.cat([p["rerouted"] for p in ordered]) if ordered and lm.layout.experts else None
     owner = torch.tensor([i for i, s in enumerate(baseline.sequences) for _ in s[1]], dtype=torch.long)
     position = torch.tensor([p for s in baseline.sequences for p in s[1]], dtype=torch.long)
-    return Tokens(**joined, owner=owner, position=position)
+    return Tokens(**joined, owner=owner, position=position, rerouted=rerouted)
 
 
 @contextmanager
@@ -240,6 +262,7 @@ def summarize(lm: LM, baseline: Baseline, effects: Tokens, worst: int = 5) -> Sp
         perplexity_ratio=torch.exp(-effects.gain[known.cpu()].mean()).item() if known.any() else None,
         sequences_unchanged=1 - touched / measured,
         tokens=n,
+        routing_changed=None if effects.rerouted is None else int(effects.rerouted.sum()) / n,
         worst=[_describe(lm, baseline, effects, i) for i in _worst_first(effects)[:worst]],
     )
 

@@ -20,7 +20,7 @@ from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
 from mint.errors import CaseError, MintError
 from mint.guards import first_broken
-from mint.model.experts import focused_for
+from mint.model.experts import focused_for, routes
 from mint.model.hooks import record
 from mint.model.lm import LM
 from mint.model.margins import margins, margins_of
@@ -560,7 +560,7 @@ def _solve_given(
         return _already(task)
     draft = _draft(task, carriers)
     if draft is None:
-        return Solution(NAME, None, _needs_more(task), details={"layers": layers})
+        return Solution(NAME, None, _needs_more(task, layers), details={"layers": layers})
     patch, details = _finish(task, draft)
     return _settle(task, patch, details) or Solution(NAME, None, details["refused"], details=details)
 
@@ -570,11 +570,30 @@ def _already(task: _Task) -> Solution:
     return Solution(NAME, None, "the model already writes the target with this margin", least)
 
 
-def _needs_more(task: _Task) -> str:
+def _needs_more(task: _Task, layers: Sequence[int]) -> str:
     wrong = int(task.fire.sum())
+    together, heard = "together", _heard(task, layers)
+    if heard < wrong:
+        together = f"when no expert gets more than {heard} of them"
     return (
-        f"{task.settings.max_neurons} neuron(s) of one layer cannot write all {wrong} wrong tokens together; repair the"
+        f"{task.settings.max_neurons} neuron(s) of one layer cannot write all {wrong} wrong tokens {together}; repair the"
         f" line in parts, lower --margin (now {task.recipe.margin:g}) or allow --max-neurons 2"
+    )
+
+
+def _heard(task: _Task, layers: Sequence[int]) -> int:
+    """To how many of the positions that must change a neuron of the layers' blocks can speak: a routed expert's acts on
+    the tokens that are sent to it, any other's on all."""
+    encoded = task.problem.encoded
+    places = torch.tensor(encoded.positions)[task.fire]
+    experts = {layer: task.lm.block(layer).expert for layer in layers}
+    if any(expert is None for expert in experts.values()):
+        return len(places)
+    sent = routes(task.lm, encoded.ids[:-1])
+    return max(
+        int((sent[layer].share(expert)[0].cpu()[places] > 0).sum())
+        for layer, expert in experts.items()
+        if expert is not None
     )
 
 
@@ -648,7 +667,7 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
             tried.append(found[1])
         elif settings.where == "responsible":
             return value
-    reason = _needs_more(task)
+    reason = _needs_more(task, layers)
     for layer in layers:
         carriers = _carriers(task, layer, blame, settings.max_neurons)
         draft = _draft(task, carriers) if carriers else None
