@@ -1,5 +1,6 @@
 """Carry a patch over to another version of its model: the same cases are solved again, starting from the old neurons."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -34,8 +35,8 @@ def rebase(lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = l
     cases = cases_of(patch)
     if not cases:
         raise PatchError(
-            "the patch records no cases, so it cannot be solved again; give one that `mint repair` wrote, or repair its rule on the"
-            " new model with `mint repair --rule`"
+            "the patch records no cases, so it cannot be solved again; give one that `mint repair` wrote, and the file of its rule"
+            " with --rule where it was made from one"
         )
     asked = Wishes(settings=_settings(patch), stop=str(patch.info.get("stop") or "auto"))
     places = _places(patch)
@@ -90,20 +91,27 @@ def _places(patch: Patch) -> dict[str, list[tuple[int, int, int]]]:
     return found
 
 
+def moved_between(old: Sequence[NeuronEdit], new: Sequence[NeuronEdit]) -> dict:
+    """Which neurons two versions of a repair change, as JSON values: `before`, `after`, `stayed`, and the `cosine` of the
+    columns of those that stayed."""
+    earlier, later = ({e.place: e for e in edits} for edits in (old, new))
+    stayed = sorted(earlier.keys() & later.keys())
+    return {
+        "before": [e.named() for e in earlier.values()],
+        "after": [e.named() for e in later.values()],
+        "stayed": [later[p].named() for p in stayed],
+        "cosine": [round(_cosine(earlier[p], later[p]), 4) for p in stayed],
+    }
+
+
 def _moved(patch: Patch, places: dict, outcome: Outcome, case: Case) -> dict:
     done = next(r for r in outcome.repairs if r.case.id == case.id)
-    new = {e.place: e for e in (done.patch.edits if done.patch else ())}
-    old = {e.place: e for e in patch.edits if e.place in places.get(case.id, [])}
-    stayed = sorted(new.keys() & old.keys())
-    return {
-        "id": case.id,
-        "before": [e.named() for e in old.values()],
-        "after": [e.named() for e in new.values()],
-        "stayed": [new[p].named() for p in stayed],
-        "cosine": [round(_cosine(old[p], new[p]), 4) for p in stayed],
-        "needed": done.patch is not None or done.reason is not None,
-        "reason": done.reason,
-    }
+    old = [e for e in patch.edits if e.place in places.get(case.id, [])]
+    return (
+        {"id": case.id}
+        | moved_between(old, done.patch.edits if done.patch else ())
+        | {"needed": done.patch is not None or done.reason is not None, "reason": done.reason}
+    )
 
 
 def _cosine(a: NeuronEdit, b: NeuronEdit) -> float:

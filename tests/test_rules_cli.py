@@ -89,6 +89,15 @@ def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path
     )
     assert code == 0 and shown in out
 
+    again = ["rebase", "fix.st", "--rule", "clock.jsonl", "-m", model]
+    code, out, err = run(capsys, *again, "--out", "newer.st", "--json")
+    moved = json.loads(out)
+    assert code == 0 and moved["patch"] == "newer.st" and moved["moved"]["stayed"] == moved["moved"]["before"]
+    assert moved["unseen"] == result["unseen"]
+    fails(
+        capsys, 1, "with --rule where it was made from one", "rebase", "fix.st", "-m", model, "--out", "x.st"
+    )
+
     check = ["rule", "check", "clock.jsonl", "-m", model, "--accept", 0.5, "--json"]
     code, out, err = run(capsys, *check, "--patch", "fix.st")
     assert code == 0 and json.loads(out)["unseen"] == result["unseen"]

@@ -11,13 +11,14 @@ import pytest
 from mint import bank
 from mint import patch as P
 from mint.case import Keep
-from mint.errors import CaseError
+from mint.errors import CaseError, PatchError
 from mint.patch.record import ask_patch, promised
 from mint.rules import repair as repairing
 from mint.rules.check import NOT_NEEDED, check_rule
 from mint.rules.cut import NO_ROUND_TRIP
 from mint.rules.figures import prepared
 from mint.rules.mine import Search, mine
+from mint.rules.rebase import rebase_rules
 from mint.rules.repair import ALREADY_RIGHT, RuleWishes, outcome_as_dict, recorded, repair_rules
 from mint.rules.rule import Row, Rule
 from mint.solver.problem import Settings, Solution
@@ -275,3 +276,24 @@ def test_a_rules_patch_is_a_regression_test_of_its_learn_prompts(habit_lm, rule,
     assert len(checked.answers["clock"]) == len(learnt) and checked.broken == []
     hollow = replace(patch, edits=P.scale(patch, 0).edits)
     assert len(bank.check(habit_lm, {"clock": hollow}).broken) == len(learnt)
+
+
+def test_a_rules_patch_is_solved_again_on_a_newer_model(habit_lm, rule, edit):
+    """The old layer first; only where that fails, the others. What moved is told."""
+    outcome = repair_rules(habit_lm, [rule], WISHES, solve=giving(edit))
+    asked = []
+
+    def solver(lm, learn, keep, settings, **more):
+        asked.append(settings.layers)
+        if settings.layers is not None and len(asked) == 1:
+            return Solution("no", None, "nothing there")
+        return edit
+
+    before = weights_of(habit_lm)
+    done = rebase_rules(habit_lm, outcome.patch, [rule], WISHES, solve=solver)
+    layer = outcome.patch.edits[0].layer
+    assert asked == [(layer,), None] and done.outcome.success and same_bits(weights_of(habit_lm), before)
+    assert done.moved["stayed"] == done.moved["before"] == [e.named() for e in outcome.patch.edits]
+    assert done.moved["cosine"] == [1.0]
+    with pytest.raises(PatchError, match="records the rules clock, given are none; give the file"):
+        rebase_rules(habit_lm, outcome.patch, [], WISHES)

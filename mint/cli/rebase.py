@@ -7,6 +7,7 @@ import typer
 
 from mint import console
 from mint.cli import options as o
+from mint.cli.rule import rebase_rules
 from mint.errors import NoRepair
 
 
@@ -14,6 +15,20 @@ def rebase(
     patch: Annotated[Path, typer.Argument(help="Patch file.")],
     model: o.Model,
     out: Annotated[Path, typer.Option("--out", help="Patch file to write.")],
+    rule: Annotated[
+        list[Path] | None,
+        typer.Option("--rule", help="Rule file of a patch that was made from one; may be repeated."),
+    ] = None,
+    learn: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --rule: faults to learn from; default as many as the patch did."),
+    ] = None,
+    accept: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --rule: least share of unseen prompts right; default the patch's own."
+        ),
+    ] = None,
     margin: Annotated[
         float | None, typer.Option(min=0, help="Logit margin; default the patch's own.")
     ] = None,
@@ -23,17 +38,32 @@ def rebase(
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
-    """Solve a patch's cases again on a newer version of its model, starting from the old neurons.
+    """Solve a patch's cases, or its rule, again on a newer version of its model, starting from the old neurons.
 
-    Says what moved, and which cases the newer model writes by itself. Exit 3, nothing written, if a case is refused.
+    Says what moved, and which cases the newer model writes by itself. Exit 3, nothing written, if a case or rule is refused.
 
     \b
-    Example:
+    Examples:
       mint rebase fix.safetensors --model ./my-model-v2 --out fix-v2.safetensors
+      mint rebase clock.safetensors --rule clock.jsonl --model ./my-model-v2 --out clock-v2.safetensors
     """
     from dataclasses import replace
 
     o.check_free(out, force)
+    if rule:
+        from mint import patch as patches
+        from mint.rules.rebase import wishes_of
+
+        loaded = patches.load(patch)
+        made = wishes_of(loaded)
+        wishes = replace(
+            made,
+            learn=made.learn if learn is None else learn,
+            accept=made.accept if accept is None else accept,
+            margin=margin,
+        )
+        wanted = {"model": model, "device": device, "dtype": dtype, "revision": revision}
+        return rebase_rules(loaded, rule, wishes, model=wanted, out=out, force=force, as_json=as_json)
     with console.working() as say:
         say("importing")
         from mint import patch as patches

@@ -12,6 +12,7 @@ from mint.cli import options as o
 from mint.errors import MintError, NoRepair
 
 if TYPE_CHECKING:
+    from mint.patch import Patch
     from mint.rules.mine import Progress
     from mint.rules.repair import RulesOutcome, RuleWishes
 
@@ -221,6 +222,40 @@ def repair_rules(
     else:
         _show(outcome, result)
     return results.conclude(outcome, written)
+
+
+def rebase_rules(
+    patch: "Patch",
+    files: list[Path],
+    wishes: "RuleWishes",
+    *,
+    model: dict,
+    out: Path,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """`mint rebase --rule`. model: arguments of `options.load`. Writes the patch only if every rule is accepted."""
+    from mint.rules.rule import load_rule
+
+    rules = [load_rule(path) for path in files]
+    with console.working() as say:
+        from mint.cli import results
+        from mint.rules.rebase import rebase_rules as again
+        from mint.rules.repair import outcome_as_dict
+
+        lm, _ = o.load(**model, chat=bool(patch.info.get("chat")), say=say)
+        done = again(lm, patch, rules, wishes, say=say)
+        written = results.store(done.outcome, out, page=None, report=None, partial=False, force=force)
+    result = outcome_as_dict(done.outcome, None if written is None else str(written)) | {"moved": done.moved}
+    if as_json:
+        console.print_json(result)
+    else:
+        _show(done.outcome, result)
+        stayed = len(done.moved["stayed"])
+        console.note(
+            f"{stayed} of {len(done.moved['before'])} neurons stayed, cosines {done.moved['cosine']}"
+        )
+    return results.conclude(done.outcome, written)
 
 
 def _show(outcome: "RulesOutcome", result: dict) -> None:
