@@ -11,7 +11,25 @@ Names are imported on first use, so that `import mint` costs nothing.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see of `_HOMES`
+    from mint.attribution import Attribution, attribute
+    from mint.case import Case, Keep, load_cases
+    from mint.errors import MintError
+    from mint.evaluation.run import evaluate
+    from mint.model.lm import LM
+    from mint.model.loading import load_lm
+    from mint.patch import NeuronEdit, Patch, applied, apply, compose, revert, scale
+    from mint.patch import load as load_patch
+    from mint.patch import save as save_patch
+    from mint.rules.check import check_rule
+    from mint.rules.mine import Search, mine
+    from mint.rules.repair import RuleWishes, repair_rules
+    from mint.rules.rule import Rule, load_rule
+    from mint.session import Outcome, Wishes, repair
+    from mint.solver import SOLVERS
+    from mint.solver.problem import Settings
 
 __version__ = "0.2.0"
 

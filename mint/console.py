@@ -5,17 +5,26 @@ and NO_COLOR. Text that a model wrote is shown as text, never as markup, with co
 imported where something is drawn, so that `mint --help` does not wait for it.
 """
 
+import io
 import json
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Say = Callable[[str], None]
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A `Say` that can also be told how much of the work is done."""
+
+    def progress(self, text: str, done: int, total: int) -> None:
+        """What is being done, and how much of it is: `done` of `total`, in any unit."""
 
 
 def quiet(_: str) -> None:
@@ -42,7 +51,7 @@ def print_json(value: object) -> None:
 
 def print_result(text: str) -> None:
     """A result on stdout, exactly as it is."""
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):  # tests put other things there
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout.write(text)
 

@@ -85,11 +85,13 @@ def of_records(lm: LM, records: Sequence[object], stop: str = "auto") -> list[Gu
     """
     found = []
     for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            continue
         try:
-            known = {k: record[k] for k in ("prompt", "target", "stop") if k in record}  # type: ignore[index,operator]
+            known = {k: record[k] for k in ("prompt", "target", "stop") if k in record}
             case = case_from_dict(known | {"id": f"earlier {number}"})
             guard = of_repair(case, lm.encode(case, stop))
-        except (CaseError, KeyError, TypeError):
+        except CaseError:
             continue
         found.append(guard)
     return [g for g, holds in zip(found, still_hold(lm, found), strict=True) if holds]

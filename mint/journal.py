@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from filelock import SoftFileLock, Timeout
 
@@ -170,9 +172,11 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting: list[tuple[int, object]] = []
+    waiting: list[tuple[int, FrameType | None]] = []
     signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {s: signal.signal(s, lambda number, frame: waiting.append((number, frame))) for s in signals}
+    previous: dict[int, Any] = {
+        s: signal.signal(s, lambda number, frame: waiting.append((number, frame))) for s in signals
+    }
     try:
         yield
     finally:

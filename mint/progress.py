@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -14,7 +14,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 
@@ -37,11 +36,15 @@ class Reporter:
         self._line.update(self._task, description=text, total=total, completed=done)
 
 
-class _Bar(BarColumn):
+class _Bar(ProgressColumn):
     """A bar where it is known how much there is to do, nothing elsewhere."""
 
-    def render(self, task: Task) -> ProgressBar | Text:
-        return Text() if task.total is None else super().render(task)
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._bar = BarColumn(width)
+
+    def render(self, task: Task) -> RenderableType:
+        return Text() if task.total is None else self._bar.render(task)
 
 
 class _Left(TimeRemainingColumn):
@@ -69,7 +72,7 @@ def reporting(console: Console) -> Iterator[Reporter]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        _Bar(bar_width=20),
+        _Bar(20),
         _Left(),
         _Since(),
     )

@@ -121,13 +121,6 @@ def test_the_planted_guilty_neuron_leads_the_list():
     assert "joint" in found.joint["pair"]
 
 
-def test_a_problem_of_a_solver_is_taken_as_a_case(lm):
-    class Problem:
-        case, encoded = CASE, lm.encode(CASE)
-
-    assert attribute(lm, Problem(), stats=flat_statistics(lm), stability=False).fault["position"] == 6
-
-
 def test_rephrasings_are_used_for_stability_and_identical_ones_are_perfectly_stable(lm):
     case = replace(CASE, rephrasings=(CASE.prompt, CASE.prompt))
     found = attribute(lm, case, stats=flat_statistics(lm))

@@ -7,7 +7,6 @@ from mint.attribution import find_faults, linear_scores
 from mint.attribution.exact import (
     block_effects,
     exact_all,
-    exact_everywhere,
     exact_scores,
     joint_effect,
     leave_one_out,
@@ -32,12 +31,12 @@ def prepared(lm):
     return encoded, fault, record_run(lm, encoded.ids, fault)
 
 
-def naive(lm, ids, fault, layer, index, value, everywhere=False) -> float:
+def naive(lm, ids, fault, layer, index, value) -> float:
     """Effect by a plain hook on a plain forward of everything."""
 
     def change(n):
         n = n.clone()
-        n[:, slice(None) if everywhere else fault.position, index] = value
+        n[:, fault.position, index] = value
         return n
 
     def metric():
@@ -63,15 +62,6 @@ def test_exact_without_kept_keys_equals_with_them(any_lm):
     a, b = exact_scores(any_lm, run, CANDIDATES, None), exact_scores(any_lm, slow, CANDIDATES, None)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
     assert float(a.abs().max()) > 1e-4
-
-
-def test_exact_at_all_positions_equals_plain_hooks(any_lm):
-    encoded, fault, run = prepared(any_lm)
-    reference = [torch.full((b.d_ff,), 0.25) for b in any_lm.layout.blocks]
-    scores = exact_everywhere(any_lm, run, CANDIDATES, reference)
-    for (layer, index), score in zip(CANDIDATES, scores.tolist(), strict=True):
-        expected = naive(any_lm, encoded.ids, fault, layer, index, 0.25, everywhere=True)
-        assert score == pytest.approx(expected, abs=2e-5)
 
 
 def test_every_neuron_at_once_equals_one_at_a_time(lm):

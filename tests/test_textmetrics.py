@@ -15,15 +15,10 @@ def test_edit_similarity_is_one_minus_distance_over_longer_length():
     assert tm.edit_similarity("", "abc") == 0.0
 
 
-def test_exact_match_sees_a_trailing_newline():
-    assert tm.exact_match("a\n", "a\n") == 1.0
-    assert tm.exact_match("a", "a\n") == 0.0
-
-
-def test_corpus_bleu_agrees_with_the_formula_by_hand():
+def test_bleu_agrees_with_the_formula_by_hand():
     # Precisions 4/5, 3/4, 2/3, 1/2, equal lengths: no brevity penalty.
     expected = math.exp(sum(map(math.log, (4 / 5, 3 / 4, 2 / 3, 1 / 2))) / 4)
-    assert tm.corpus_bleu(["a b c d x"], ["a b c d e"]) == pytest.approx(expected, rel=1e-6)
+    assert tm.bleu("a b c d x", "a b c d e") == pytest.approx(expected, rel=1e-6)
 
 
 def test_bleu_and_chrf_are_shares_and_order_texts_sensibly():
@@ -33,19 +28,6 @@ def test_bleu_and_chrf_are_shares_and_order_texts_sensibly():
         assert 0.0 < score("l.sort(reverse=False)", wanted) < 1.0
         assert score("", wanted) == 0.0
     assert tm.bleu("x", "x") == pytest.approx(1.0)  # shorter than a 4-gram
-
-
-def test_corpus_scores_refuse_what_cannot_be_paired():
-    for score in (tm.corpus_bleu, tm.corpus_chrf):
-        with pytest.raises(MintError, match="as many references as texts, found 1 and 2"):
-            score(["a", "b"], ["a"])
-        with pytest.raises(MintError, match="at least one text"):
-            score([], [])
-    assert tm.corpus_chrf(["abc def"], ["abc def"]) == pytest.approx(1.0)
-
-
-def test_signatures_name_settings_and_version():
-    assert "version:" in tm.signatures()["bleu"] and "nc:6" in tm.signatures()["chrf"]
 
 
 def test_interval_agrees_with_the_normal_approximation():

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from mint.attribution.faults import Fault, differences
 from mint.errors import ModelError
 from mint.model.hooks import override, record
+from mint.model.layout import weight_of
 from mint.model.lm import LM
 from mint.model.suffix import forward_replaced, kept_cache, kept_prefix, new_cache, record_states, start_at
 
@@ -58,7 +59,8 @@ class Run:
 def _two_logits(lm: LM, fault: Fault) -> Iterator[None]:
     """Within: the model's logits are [..., 2], wrong and desired, in float32 (bf16 logits are too coarse to subtract)."""
     head = lm.module(lm.layout.unembedding)
-    weight = head.weight.T if isinstance(head, Conv1D) else head.weight
+    weight = weight_of(head)
+    weight = weight.T if isinstance(head, Conv1D) else weight
     chosen = torch.tensor([fault.wrong, fault.desired], device=weight.device)
     bias = getattr(head, "bias", None)
     rows = weight[chosen].float()
@@ -145,17 +147,15 @@ def _rerun(
     lm: LM, run: Run, changes: dict[int, Change], rows: int, *, everywhere: bool, full: bool
 ) -> Tensor:
     layer = min(changes)
-    last = not everywhere
-    cached = last and run.prefix is not None
-    hidden = run.hidden[layer][:, -1:] if cached else run.hidden[layer]
+    prefix = None if everywhere else run.prefix
+    hidden = run.hidden[layer] if prefix is None else run.hidden[layer][:, -1:]
     hidden = hidden.expand(rows, -1, -1)
     tokens = hidden.shape[1]
-    if last and not cached:
+    if prefix is None and not everywhere:
         changes = {at: _at_last(function) for at, function in changes.items()}
-    options = {"use_cache": False}
-    if cached:
-        cache = kept_cache(run.prefix)
-        options = {"past_key_values": cache, "use_cache": True}
+    options: dict = {"use_cache": False}
+    if prefix is not None:
+        options = {"past_key_values": kept_cache(prefix), "use_cache": True}
     ids = torch.tensor([run.ids[-tokens:]], device=lm.device).expand(rows, -1)
     with ExitStack() as stack:
         stack.enter_context(start_at(lm, layer, hidden, run.as_tuple))
@@ -183,16 +183,14 @@ def _rows(run: Run, everywhere: bool) -> int:
     return max(8, min(ROWS, _CACHE_BYTES // max(each, 1)))
 
 
-def patch_layer(
-    lm: LM, run: Run, layer: int, indices: Tensor, values: Tensor, *, everywhere: bool = False
-) -> Tensor:
+def patch_layer(lm: LM, run: Run, layer: int, indices: Tensor, values: Tensor) -> Tensor:
     """Exact change of the metric for each of k neurons of one layer, patched one at a time. [k], float32, CPU.
 
-    indices: [k]. values: [k], the new activation at the fault's position; or with `everywhere` [k, tokens] (or [k, 1]),
-    the new activations at all positions. Effects are taken against an unpatched row of the same batch.
+    indices: [k]. values: [k], the new activation at the fault's position. Effects are taken against an unpatched row of
+    the same batch.
     """
     parts = []
-    step = _rows(run, everywhere)
+    step = _rows(run, False)
     indices = indices.to(run.hidden[layer].device)
     values = values.to(run.hidden[layer].device)
     for start in range(0, len(indices), step):
@@ -202,11 +200,11 @@ def patch_layer(
             n = n.clone()
             row = torch.arange(len(index), device=n.device)
             index, value = index.to(n.device), value.to(n.device, n.dtype)
-            n[row, :, index] = value if value.dim() == 2 else value[:, None]
+            n[row, :, index] = value[:, None]
             return n
 
         # The last row is left as it is: batches of another size round otherwise.
-        metric = rerun(lm, run, {layer: change}, len(index) + 1, everywhere=everywhere)
+        metric = rerun(lm, run, {layer: change}, len(index) + 1)
         parts.append((metric[:-1] - metric[-1]).cpu())
     return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -263,21 +261,6 @@ def _one_each(members: Sequence[tuple[int, int, float]]) -> dict[int, Change]:
 
         changes[layer] = change
     return changes
-
-
-def exact_everywhere(
-    lm: LM, run: Run, candidates: Sequence[tuple[int, int]], reference: Sequence[Tensor] | None
-) -> Tensor:
-    """As `exact_scores`, each neuron replaced at every position up to the fault: what removing its weights does. [k]."""
-    scores = torch.zeros(len(candidates))
-    for layer in sorted({layer for layer, _ in candidates}):
-        rows = [i for i, (at, _) in enumerate(candidates) if at == layer]
-        index = torch.tensor([candidates[i][1] for i in rows])
-        n = run.neurons[layer]
-        wanted = torch.zeros_like(n) if reference is None else reference[layer].to(n.device, n.dtype)
-        wanted = (wanted[: len(n)] if wanted.dim() == 2 else wanted.expand(len(n), -1)).T.cpu()[index]
-        scores[torch.tensor(rows)] = patch_layer(lm, run, layer, index, wanted, everywhere=True)
-    return scores
 
 
 def exact_all(

@@ -60,6 +60,10 @@ class Attribution:
     """Most guilty first."""
     agreement: dict
     """spearman, sign, recall_at_10 and more; see docs/attribution.md."""
+    run: Run = field(repr=False, compare=False)
+    """The forward up to the fault, from which further patching can restart."""
+    used: Reference = field(repr=False, compare=False)
+    """The values that neurons were set to."""
     opposing: list[dict] = field(default_factory=list)
     """The neurons that hold the fault back, strongest first: replacing them makes it worse."""
     always_on: list[dict] = field(default_factory=list)
@@ -76,8 +80,6 @@ class Attribution:
     no_op: float = 0.0
     """|metric of a restart that changes nothing - metric of the plain forward|."""
     details: dict = field(default_factory=dict)
-    run: Run | None = field(default=None, repr=False, compare=False)
-    used: Reference | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict:
         """JSON values only: the keys of the contract and the figures behind them."""
@@ -119,8 +121,7 @@ def attribute(
 ) -> Attribution:
     """Rank the neurons behind a fault of a case and check the ranking exactly.
 
-    case: a `Case` (or anything with `.case` and `.encoded`, such as a solver's problem). encoded: `lm.encode(case)` if
-    at hand. reference: `mean` (default), `zero`, `resample`, `counterfactual` (needs `counterfactual`, a prompt behind
+    encoded: `lm.encode(case)` if at hand. reference: `mean` (default), `zero`, `resample`, `counterfactual` (needs `counterfactual`, a prompt behind
     which the model is right). method: the estimate that screens, see `methods.METHODS`. top: neurons listed on each
     side. exact: how many of the guiltiest by estimate are patched exactly (half as many of the opposing, and as many of
     those that write most, go with them); `all` patches every neuron (a minute on a 135M model), 0 none. fault: which
@@ -131,7 +132,6 @@ def attribute(
     `exact=32, stability=False` is the quick form that goes with a repair.
     """
     started = time.perf_counter()
-    encoded, case = encoded or getattr(case, "encoded", None), getattr(case, "case", case)
     encoded = encoded or lm.encode(case)
     _check(top, exact, method)
     found = find_faults(lm, encoded)

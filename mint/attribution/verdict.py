@@ -136,12 +136,11 @@ def verdict(
 ) -> Verdict:
     """Test whether a patch (not applied at the moment) removes the cause of a case's faults or carries around it.
 
-    case: a `Case`, or anything with `.case` and `.encoded` (a solver's problem). stats: `statistics(lm)` if at hand.
+    encoded: `lm.encode(case)`, stats: `statistics(lm)`, if at hand.
     faults: default the first 8 of the case. The model is left as it was, bit for bit. Costs about ten forwards of the
     case and one batch of 20 from the edited layer on. Raises `CaseError` if the unpatched model has no fault, and
     `PatchError` if the patch does not fit the model or is applied.
     """
-    encoded, case = encoded or getattr(case, "encoded", None), getattr(case, "case", case)
     encoded = encoded or lm.encode(case)
     faults = list(faults if faults is not None else find_faults(lm, encoded))[:FAULTS]
     if not faults:
@@ -369,7 +368,7 @@ def _readout(bench: _Bench) -> dict:
     if bench.lm.layout.final_norm is None:
         return {"direct": None, "share": None}
     reads = direct_gradient(bench.lm, bench.run).cpu()
-    delta = sum(_written(bench, edit)[bench.faults[0].position] for edit in bench.patch.edits)
+    delta = torch.stack([_written(bench, e)[bench.faults[0].position] for e in bench.patch.edits]).sum(0)
     direct = -float(delta @ reads)
     return {"direct": direct, "gain": gain, "share": _ratio(direct, gain)}
 

@@ -56,15 +56,15 @@ def _explain(error: Exception) -> int:
 
     if isinstance(error, MintError):
         return _fail(str(error), error.exit_code)
-    if hasattr(
-        error, "format_message"
-    ):  # a usage error of click, which typer may bring along under its own name
+    # A usage error of click, which typer may bring along under its own name.
+    usage = getattr(error, "format_message", None)
+    if usage is not None:
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message(), file=sys.stderr)
+            print(usage(), file=sys.stderr)
             return 2
         context = getattr(error, "ctx", None)
         hint = f"; see '{context.command_path} --help'" if context is not None else ""
-        return _fail(error.format_message().rstrip(".") + hint, getattr(error, "exit_code", 2))
+        return _fail(usage().rstrip(".") + hint, getattr(error, "exit_code", 2))
     if os.environ.get("MINT_DEBUG"):
         raise error
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

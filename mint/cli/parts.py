@@ -31,7 +31,8 @@ def quick_attribution(wishes: Wishes, exact: int = 32) -> Attribute:
 
     def quick(lm: LM, problem: Problem) -> Attribution | None:
         try:
-            return attribute(lm, problem, exact=exact, stability=False, seed=wishes.settings.seed)
+            case, encoded, seed = problem.case, problem.encoded, wishes.settings.seed
+            return attribute(lm, case, encoded=encoded, exact=exact, stability=False, seed=seed)
         except CaseError:
             return None  # every token is right with the answer fed in: there is no fault to explain
 
@@ -45,7 +46,7 @@ def cause_or_carrier() -> Judge:
         if any(edit.expert is not None for edit in patch.edits):
             return None  # the tests of the verdict compare with neurons that every token passes
         try:
-            return verdict(lm, problem, patch)
+            return verdict(lm, problem.case, patch, encoded=problem.encoded)
         except CaseError:
             return None  # no fault with the answer fed in: nothing to test
 

@@ -461,7 +461,9 @@ def selftest(
 
         before: dict[str, str] = {}
         template = None
-        if patch is not None:
+        if cases is not None:
+            wanted = load_cases(cases)
+        elif patch is not None:
             from mint import patch as patches
             from mint.patch.record import promised, template_of
 
@@ -469,7 +471,7 @@ def selftest(
             wanted, template = promised(loaded), template_of(loaded)
             before = consumer.wrote_before(loaded)
         else:
-            wanted = load_cases(cases)
+            wanted = []
         if not wanted:
             raise MintError(f"{patch} records no cases and no rules; give --cases")
         say(f"asking {url}")

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mint import pictures
 
@@ -46,7 +47,7 @@ def _figure(width: float, height: float, themed: bool):
 
     inks = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color".split()
     own = dict.fromkeys(inks, _INK) | {"grid.color": _FAINT, "figure.facecolor": "none"}
-    settings = pictures.STYLE | (own if themed else {})
+    settings: dict[Any, Any] = pictures.STYLE | (own if themed else {})
     context = rc_context(settings)
     context.__enter__()
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -166,7 +166,7 @@ def neighbours(cases: Sequence[Case], case: Case, n: int, seed: int) -> list[Cas
 
 def shipped_lines() -> list[Case]:
     """The lines that ship with mint for measuring side effects: Python, shell, assembly, running text."""
-    text = resources.files("mint").joinpath("data", "specificity.jsonl").read_text(encoding="utf-8")
+    text = (resources.files("mint") / "data" / "specificity.jsonl").read_text(encoding="utf-8")
     return [
         case_from_dict(json.loads(t) | {"id": f"line {i}"}) for i, t in enumerate(text.splitlines(), start=1)
     ]
@@ -174,7 +174,7 @@ def shipped_lines() -> list[Case]:
 
 def shipped_code() -> list[str]:
     """The held-out code that ships with mint, no statistic has seen it, passage by passage."""
-    folder = resources.files("mint").joinpath("data", "heldout")
+    folder = resources.files("mint") / "data" / "heldout"
     texts = [
         f.read_text(encoding="utf-8") for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.is_file()
     ]
@@ -247,10 +247,11 @@ def first_changed_layer(lm: LM, changes: Sequence[Change | None]) -> int | None:
 
     The last layer where nothing changes: that is as far as measuring has to go.
     """
-    if not all(isinstance(c, Patch) for c in changes if c is not None):
+    made = [c for c in changes if c is not None]
+    patches = [c for c in made if isinstance(c, Patch)]
+    if len(patches) < len(made):
         return None
-    layers = [e.layer for c in changes if c is not None for e in c.edits]
-    return min(layers, default=lm.n_layers - 1)
+    return min((e.layer for p in patches for e in p.edits), default=lm.n_layers - 1)
 
 
 # ---------------------------------------------------------------------- one case

@@ -134,7 +134,7 @@ def diff(old: str, new: str) -> list[tuple[str, str]]:
     """The way from `old` to `new` as (kind, text): `same`, `del` (only in old), `ins` (only in new)."""
     a, b = _PIECES.findall(old), _PIECES.findall(new)
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    if matcher.ratio() < 0.5:  # shreds of an unlike text help nobody: show one whole, then the other
+    if matcher.ratio() < 0.5:  # too unlike for a diff to be readable: one text whole, then the other
         return [(kind, text) for kind, text in (("del", old), ("ins", new)) if text]
     parts: list[tuple[str, str]] = []
     for kind, i, j, k, end in matcher.get_opcodes():

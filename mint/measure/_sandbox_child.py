@@ -134,7 +134,7 @@ def _guard(home: str, confined: bool) -> None:
             for name in ("mkfifo", "mknod"):
                 module.__dict__.pop(name, None)
 
-    def outside(path: object) -> bool:
+    def outside(path: str | bytes | os.PathLike | int | None) -> bool:
         if path is None:
             return False
         name = f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(fspath(path))

@@ -64,7 +64,7 @@ def contexts(lm: LM, case: Case, stop: str = "auto", seed: int = 0) -> list[Vari
 
 def _long(lm: LM, texts: dict[str, tuple[str, ...]]) -> str:
     """Whole parts of a file, until they have `DEEP_TOKENS`."""
-    parts: list[str] = []
+    whole = ""
     for part in (
         *texts["imports"][:1],
         *texts["filler"],
@@ -72,8 +72,7 @@ def _long(lm: LM, texts: dict[str, tuple[str, ...]]) -> str:
         *texts["in_class"],
         *texts["in_function"],
     ):
-        parts.append(part)
-        whole = "\n\n".join(parts)
+        whole = f"{whole}\n\n{part}" if whole else part
         if len(lm.tokenizer(whole, add_special_tokens=False).input_ids) >= DEEP_TOKENS:
             break
     return whole

@@ -12,11 +12,6 @@ import numpy as np
 from mint.errors import MintError
 
 
-def exact_match(found: str, wanted: str) -> float:
-    """1.0 if the texts are equal, character for character, else 0.0."""
-    return float(found == wanted)
-
-
 def edit_similarity(found: str, wanted: str) -> float:
     """1 - Levenshtein distance / length of the longer text, 0 to 1; two empty texts give 1."""
     from rapidfuzz.distance import Levenshtein
@@ -29,51 +24,16 @@ def bleu(found: str, wanted: str) -> float:
 
     Effective order leaves out n-grams longer than the text, without which short code lines score near 0.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(effective_order=True).sentence_score(found, [wanted]).score / 100
 
 
 def chrf(found: str, wanted: str) -> float:
     """Sentence chrF (character 6-grams, beta 2), 0 to 1, as sacrebleu's default."""
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return CHRF().sentence_score(found, [wanted]).score / 100
-
-
-def _pairs(found: Sequence[str], wanted: Sequence[str]) -> None:
-    if len(found) != len(wanted):
-        raise MintError(
-            f"expected as many references as texts, found {len(wanted)} and {len(found)}; pair them"
-        )
-    if not found:
-        raise MintError("expected at least one text to score, found none; give texts and references")
-
-
-def corpus_bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Corpus BLEU of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` for unequal lengths."""
-    from sacrebleu.metrics import BLEU
-
-    _pairs(found, wanted)
-    return BLEU().corpus_score(list(found), [list(wanted)]).score / 100
-
-
-def corpus_chrf(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Corpus chrF of paired texts, 0 to 1 (sacrebleu defaults). Raises `MintError` for unequal lengths."""
-    from sacrebleu.metrics import CHRF
-
-    _pairs(found, wanted)
-    return CHRF().corpus_score(list(found), [list(wanted)]).score / 100
-
-
-def signatures() -> dict[str, str]:
-    """sacrebleu's signatures (settings and version) of the corpus scores, to print beside them."""
-    from sacrebleu.metrics import BLEU, CHRF
-
-    scores = {"bleu": BLEU(), "chrf": CHRF()}
-    for score in scores.values():
-        score.corpus_score(["a"], [["a"]])  # the number of references is part of a signature
-    return {name: str(score.get_signature()) for name, score in scores.items()}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ hook sits on one of them, the expert runs through them for all tokens, and its o
 Without hooks the model runs as it did. Knows nothing about faults or edits.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mint.errors import LayoutError
-from mint.model.layout import Block, Experts, product
+from mint.model.layout import Block, Experts, ExpertsModule, product
 from mint.model.lm import LM
 
 _PREFIX = "mint-"
@@ -90,11 +91,11 @@ def _maps(owner: nn.Module, experts: Experts, expert: int) -> tuple[ExpertInput,
     return made[expert]
 
 
-def _forward(previous: str, owner: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _forward(previous: str, owner: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The experts' forward: hooked experts through their maps, all others as `previous` runs them."""
     hooked = {e: maps for e, maps in _MAPS.get(owner, {}).items() if any(m.hooked for m in maps)}
     # The batched kernels have no second derivative rules for batched gradients; the class's own loop has.
-    own = type(owner).forward.__wrapped__
+    own = inspect.unwrap(type(owner).forward)
     plain = torch.is_grad_enabled() and hidden.requires_grad
     run = own if plain else ALL_EXPERTS_FUNCTIONS.get_interface(previous, own)
     if not hooked:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -110,9 +111,11 @@ def convert(files: Sequence[Path], folder: Path) -> None:
         where = {"pretrained_model_name_or_path": str(whole.parent), "gguf_file": whole.name}
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            read = AutoModelForCausalLM.from_pretrained(
                 **where, dtype=torch.float32, output_loading_info=True
             )
+            # As output_loading_info has it; a model that was read so has attributes of its quantiser besides.
+            model, report = cast(tuple[Any, dict], read)
     except Exception as error:  # the readers of GGUF raise whatever they stumble over
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(

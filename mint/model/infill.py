@@ -33,11 +33,13 @@ class Markers:
 def markers(tokenizer: PreTrainedTokenizerBase) -> Markers | None:
     """The tokenizer's own markers; None where it lacks one of the three."""
     names = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
-    found = {
-        role: next((name for name in names if pattern.search(name.lower())), None)
-        for role, pattern in _ROLES.items()
-    }
-    return None if None in found.values() else Markers(**found)  # pyright: ignore[reportArgumentType]
+    found = {}
+    for role, pattern in _ROLES.items():
+        fitting = [name for name in names if pattern.search(name.lower())]
+        if not fitting:
+            return None
+        found[role] = fitting[0]
+    return Markers(**found)
 
 
 def infill(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str, name: str) -> str:

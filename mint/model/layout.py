@@ -10,9 +10,12 @@ model may differ, and a layer may have no such block. This module knows nothing 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -145,7 +148,7 @@ class Block:
 
     def slices(self, index: int) -> dict[str, Slice]:
         """Every weight of neuron `index`, by role: `out`, `gate`, `up`, and `gate_bias`, `up_bias` where they exist."""
-        if self.experts is not None:
+        if self.experts is not None and self.expert is not None:
             return self.experts.slices(self.expert, index)
         found = {"out": Slice(f"{self.out}.weight", self.out_axis, index)}
         for role, rows in (("gate", self.gate), ("up", self.up)):
@@ -214,20 +217,20 @@ class Layout:
         """
         if expert is None:
             block = next((b for b in self.blocks_of(layer) if b.expert is None), None) or self.block(layer)
-            count, owner = block.d_ff, "the layer"
             if block.expert is not None:
                 raise LayoutError(f"layer {layer} has neurons of routed experts only; name the expert, too")
+            count, owner, slices = block.d_ff, "the layer", block.slices
         else:
             experts = self.experts.get(layer)
             if experts is None or not 0 <= expert < experts.count:
                 have = "no routed experts" if experts is None else f"experts 0 to {experts.count - 1}"
                 raise LayoutError(f"layer {layer} has {have}, asked for expert {expert}")
-            count, owner = experts.d_ff, f"expert {expert}"
+            count, owner, slices = experts.d_ff, f"expert {expert}", partial(experts.slices, expert)
         if not 0 <= index < count:
             raise LayoutError(
                 f"layer {layer}: {owner} has neurons 0 to {count - 1}, asked for neuron {index}"
             )
-        return block.slices(index) if expert is None else experts.slices(expert, index)
+        return slices(index)
 
     def act(self, layer: int) -> Callable[[Tensor], Tensor]:
         """The activation function of a layer's block."""
@@ -238,7 +241,15 @@ class _Cut(Exception):
     """Ends the probe forward as soon as enough was seen."""
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def weight_of(module: nn.Module | None) -> Tensor:
+    """The weight of a linear map, an embedding or a norm. Raises `LayoutError` for a module that has none."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise LayoutError(f"expected a module with a weight, found {type(module).__name__}")
+    return weight
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The largest list of layers that a forward of plain tokens runs through (a vision tower is not one of them)."""
     lists = [
         (name, module)
@@ -255,7 +266,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _is_reached(model: nn.Module, module: nn.Module) -> bool:
+def _is_reached(model: PreTrainedModel, module: nn.Module) -> bool:
     def cut(*_):
         raise _Cut
 
@@ -270,9 +281,9 @@ def _is_reached(model: nn.Module, module: nn.Module) -> bool:
     return False
 
 
-def _run_probe(model: nn.Module) -> None:
+def _run_probe(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    embedding = model.get_input_embeddings().weight
+    embedding = weight_of(model.get_input_embeddings())
     ids = torch.randint(0, embedding.shape[0], (1, _PROBE_TOKENS), generator=generator)
     was_training = model.training
     model.eval()
@@ -289,7 +300,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear map."""
-    shape = module.weight.shape
+    shape = weight_of(module).shape
     return (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
 
 
@@ -319,9 +330,8 @@ def refuse_unsupported(model: nn.Module) -> None:
             raise LayoutError(
                 f"'{name}' is quantised ({str(weight.dtype).removeprefix('torch.')}); load the unquantised model"
             )
-    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
-    if method is None and isinstance(getattr(config, "quantization_config", None), dict):
-        method = config.quantization_config.get("quant_method")
+    stated = getattr(config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
     if method is not None:
         raise LayoutError(f"the model is quantised ({method}); load the unquantised model")
 
@@ -343,7 +353,7 @@ def _build(layer: nn.Module) -> tuple:
     return type(layer).__name__, parts
 
 
-def _trace_layers(model: nn.Module, layers: Sequence[nn.Module]) -> list[_Trace]:
+def _trace_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[_Trace]:
     """One forward through the model up to the last of `layers`, with gradients inside each of them."""
     traces = [_Trace() for _ in layers]
     handles = []
@@ -399,7 +409,7 @@ def _unit_map(neurons: Tensor, pre: Tensor, d_ff: int) -> list[tuple[int, int]] 
     """
     position = neurons.shape[1] - 1
     found: dict[int, list[int]] = {}
-    # A dead ReLU has no gradient anywhere; look at neurons until two spoke.
+    # A dead ReLU has no gradient anywhere; look at neurons until two have one.
     for j in [0, *range(1, d_ff, max(1, d_ff // 64))]:
         (gradient,) = torch.autograd.grad(neurons[0, position, j], pre, retain_graph=True, allow_unused=True)
         if gradient is None:
@@ -568,7 +578,7 @@ def _in_layer(block: Block, prefix: str, index: int, layer: nn.Module) -> Block:
     )
 
 
-def _find_head(model: nn.Module, layers: nn.ModuleList, layers_name: str) -> tuple[str, str | None]:
+def _find_head(model: PreTrainedModel, layers: nn.ModuleList, layers_name: str) -> tuple[str, str | None]:
     """Names of the unembedding and of the module whose output it reads (the final norm)."""
     names = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
@@ -578,7 +588,7 @@ def _find_head(model: nn.Module, layers: nn.ModuleList, layers_name: str) -> tup
         )
     parent = layers_name.rsplit(".", 1)[0] if "." in layers_name else ""
     stem = model.get_submodule(parent) if parent else model
-    width = head.weight.shape[1]
+    width = weight_of(head).shape[1]
     inside = {id(m) for m in layers.modules()}
     norms = [
         (name, module)
@@ -599,7 +609,7 @@ _NO_BLOCK = "expected out(act(gate x)) or out(act(gate x) * (up x)) built from l
 
 
 def _find_blocks(
-    model: nn.Module, name: str, layers: nn.ModuleList
+    model: PreTrainedModel, name: str, layers: nn.ModuleList
 ) -> tuple[list[Block], dict[int, str], dict[str, Callable]]:
     """The blocks of all layers, why the other layers have none, and the activation functions of the blocks."""
     builds: dict[tuple, int] = {}
@@ -632,15 +642,36 @@ def _find_blocks(
 _ROUTED = "its neurons are those of routed experts, and none is chosen"
 
 
+class ExpertsModule(nn.Module):
+    """What a module of transformers that stacks the routed experts of a layer has. Stands in annotations only."""
+
+    down_proj: Tensor
+    """[experts, d_model, d_ff], or [experts, d_ff, d_model] where `is_transposed`."""
+    is_transposed: bool
+    is_concatenated: bool
+    """Whether gate and up lie one behind the other in `gate_up_proj`; they alternate otherwise."""
+    has_gate: bool
+    has_bias: bool
+    act_fn: Callable[[Tensor], Tensor]
+    """Of modules without a gate."""
+    _apply_gate: Callable[[Tensor], Tensor]
+    """Gate and up parts -> neurons, of modules with a gate."""
+
+
+def stacks_experts(module: nn.Module) -> TypeGuard[ExpertsModule]:
+    """Whether a module holds the routed experts of a layer in parameters of three dimensions."""
+    down = getattr(module, "down_proj", None)
+    return hasattr(module, "is_transposed") and isinstance(down, Tensor) and down.dim() == 3
+
+
 def _find_experts(name: str, layers: nn.ModuleList, functions: dict[str, Callable]) -> dict[int, Experts]:
     """The routed experts of every layer that has some, by what their module says of itself."""
     found: dict[int, Experts] = {}
     for index, layer in enumerate(layers):
         for inner, module in layer.named_modules():
-            down = getattr(module, "down_proj", None)
-            if not hasattr(module, "is_transposed") or not isinstance(down, Tensor) or down.dim() != 3:
+            if not stacks_experts(module):
                 continue
-            count, rows, columns = down.shape
+            count, rows, columns = module.down_proj.shape
             width, d_ff = (columns, rows) if module.is_transposed else (rows, columns)
             full = f"{name}.{index}.{inner}"
             fits = _expert_activation(module, d_ff)
@@ -650,24 +681,35 @@ def _find_experts(name: str, layers: nn.ModuleList, functions: dict[str, Callabl
             key = activation or f"{full}.gate"
             functions.setdefault(key, function)
             interleaved = module.has_gate and not module.is_concatenated
-            kind = (module.is_transposed, interleaved, module.has_gate, module.has_bias, key, shift)
-            found[index] = Experts(index, full, count, width, d_ff, *kind)
+            found[index] = Experts(
+                layer=index,
+                module=full,
+                count=count,
+                d_model=width,
+                d_ff=d_ff,
+                transposed=module.is_transposed,
+                interleaved=interleaved,
+                gated=module.has_gate,
+                bias=module.has_bias,
+                activation=key,
+                shift=shift,
+            )
     return found
 
 
-def _expert_activation(module: nn.Module, d_ff: int) -> tuple[str | None, Callable, float] | None:
+def _expert_activation(module: ExpertsModule, d_ff: int) -> tuple[str | None, Callable, float] | None:
     """(name in ACT2FN or None, function, shift) with which an expert's neuron is act(gate) * (up + shift), or None."""
     z = torch.linspace(-10, 10, d_ff, device=module.down_proj.device)[None]
+
+    def gated(gate: Tensor) -> Tensor:
+        each = gate[..., None]  # the module wants a last axis of neurons
+        on, off = torch.ones_like(each), torch.zeros_like(each)
+        return (product(module, each, on) - product(module, each, off))[..., 0]
+
+    function = gated if module.has_gate else module.act_fn
     if not module.has_gate:
-        function = module.act_fn
         wanted, up, shift = function(z), None, 0.0
     else:
-
-        def function(gate: Tensor) -> Tensor:
-            each = gate[..., None]  # the module wants a last axis of neurons
-            on, off = torch.ones_like(each), torch.zeros_like(each)
-            return (product(module, each, on) - product(module, each, off))[..., 0]
-
         at_zero = product(module, z, torch.zeros_like(z))
         one = function(z)
         largest = one.abs().argmax()
@@ -677,12 +719,14 @@ def _expert_activation(module: nn.Module, d_ff: int) -> tuple[str | None, Callab
         if (wanted - function(z) * (up + shift)).abs().max() > 1e-4 * wanted.abs().max():
             return None
         up = up + shift
-    known = {n: f for n, f in _activation_functions().items() if _mismatch(f, wanted, z, up) <= 1e-5}
-    name = next(iter(known), None)
-    return name, known.get(name, function), round(shift, 6)
+    shift = round(shift, 6)
+    for name, known in _activation_functions().items():
+        if _mismatch(known, wanted, z, up) <= 1e-5:
+            return name, known, shift
+    return None, function, shift
 
 
-def product(experts: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+def product(experts: ExpertsModule, gate: Tensor, up: Tensor) -> Tensor:
     """The neurons of an experts module from their gate and up parts [..., d_ff], as the module itself forms them."""
     parts = torch.cat([gate, up], -1) if experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
     return experts._apply_gate(parts)
@@ -694,13 +738,13 @@ def _without_shared(
     """The blocks whose weights belong to one layer alone: an edit of one layer must not change another."""
     owners: dict[int, list[int]] = {}
     for block in blocks:
-        owners.setdefault(id(model.get_submodule(block.out).weight), []).append(block.layer)
+        owners.setdefault(id(weight_of(model.get_submodule(block.out))), []).append(block.layer)
     shared = {layer: group for group in owners.values() if len(group) > 1 for layer in group}
     absent |= {layer: f"its weights are shared by layers {group}" for layer, group in shared.items()}
     return [block for block in blocks if block.layer not in shared], absent
 
 
-def find_layout(model: nn.Module) -> Layout:
+def find_layout(model: PreTrainedModel) -> Layout:
     """Locate the feed-forward neurons of a causal language model.
 
     Runs one forward of six random tokens up to the last layer that differs in build from all before it (the first, in a
@@ -726,8 +770,8 @@ def find_layout(model: nn.Module) -> Layout:
             f"no feed-forward block found in the layers '{layers_name}' of {type(model).__name__}: {'; '.join(reasons)}"
         )
     head, final_norm = _find_head(model, layers, layers_name)
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_submodule(head).weight.data_ptr() == embedding.data_ptr()
+    embedding = weight_of(model.get_input_embeddings())
+    tied = weight_of(model.get_submodule(head)).data_ptr() == embedding.data_ptr()
     width = (blocks or list(experts.values()))[0].d_model
     return Layout(
         layers_name,

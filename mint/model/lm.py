@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mint.batches import alike
 from mint.case import Case
 from mint.errors import CaseError, ModelError
 from mint.model import text as texts
-from mint.model.layout import Block, Layout
+from mint.model.layout import Block, Layout, weight_of
 from mint.model.saved import Saved
 from mint.model.settings import Settings
 from mint.model.stop import UNENDED, Halt, Stop, rule_of
@@ -82,8 +83,8 @@ class LM:
     """What the model's own generation settings would change; plain greedy text knows nothing of them."""
     notes: tuple[str, ...] = ()
     """What the user should know about how the model was read, one line each."""
-    saved: Saved | None = None
-    """What the model's files say; None for a model that was made in memory."""
+    saved: Saved = Saved("a model made in memory", None, {}, {})
+    """What the model's files say."""
     expert_maps: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     """Linear maps of single experts, by the names that the layout's blocks give them (experts.py)."""
     _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
@@ -104,7 +105,12 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
+        return self.embedding.device
+
+    @property
+    def embedding(self) -> Tensor:
+        """[vocab, width], the weight of the input embedding."""
+        return weight_of(self.model.get_input_embeddings())
 
     @property
     def n_layers(self) -> int:
@@ -145,7 +151,7 @@ class LM:
             weight = self.parameter(f"{block.out}.weight")
             found.append(weight.T if block.out_axis == 1 else weight)
         if not found:
-            return self.model.get_input_embeddings().weight.new_zeros(0, self.layout.width)
+            return self.embedding.new_zeros(0, self.layout.width)
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def place(self, layer: int, number: int) -> tuple[int | None, int]:
@@ -169,10 +175,10 @@ class LM:
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and of a fixed sample of weights that mint never edits (embedding, final norm)."""
         shapes = [(n, tuple(p.shape)) for n, p in self._parameters.items()]
-        embedding = self.model.get_input_embeddings().weight
+        embedding = self.embedding
         sample = [embedding[list(sampled(embedding.shape[0]))]]
         if self.layout.final_norm:
-            sample.append(self.module(self.layout.final_norm).weight)
+            sample.append(weight_of(self.module(self.layout.final_norm)))
         return fingerprint(type(self.model).__name__, shapes, sample)
 
     @cached_property
@@ -232,7 +238,7 @@ class LM:
     @cached_property
     def n_embedded(self) -> int:
         """How many token ids the input embedding has rows for."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        return self.embedding.shape[0]
 
     def _check_ids(self, ids: Sequence[int], what: str) -> None:
         beyond = max(ids, default=0)
@@ -363,14 +369,17 @@ class LM:
             self._check_ids(prompt, "the prompt")
             ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
             mask[row, longest - len(prompt) :] = 1
-        stopping = [Halt(self, prompts, longest, stops)] if stops is not None else None
+        model = cast(
+            Any, self.model
+        )  # the library asks of `generate` a protocol that its own models do not meet
+        stopping = StoppingCriteriaList([Halt(self, prompts, longest, stops)] if stops is not None else [])
         config = (
             self.settings.config(**stated) if own_settings else GenerationConfig(do_sample=False, **stated)
         )
         ends = self.stop_ids()
         with self._no_settings():
             try:
-                out = self.model.generate(
+                out = model.generate(
                     ids.to(self.device),
                     attention_mask=mask.to(self.device),
                     generation_config=config,

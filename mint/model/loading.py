@@ -15,14 +15,17 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,7 +35,7 @@ from mint import journal
 from mint.errors import ModelError
 from mint.model import gguf
 from mint.model.adapter import merge
-from mint.model.layout import find_layout, refuse_unsupported
+from mint.model.layout import find_layout, refuse_unsupported, weight_of
 from mint.model.lm import LM
 from mint.model.saved import Saved, read_saved, safetensors_header
 from mint.model.settings import Settings
@@ -162,31 +165,39 @@ def _read_tokenizer(saved: Saved, name: str, options: dict) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _read_model(saved: Saved, name: str, dtype, device_map: str | None, options: dict):
+def _read_model(
+    saved: Saved, name: str, dtype: torch.dtype | str, device_map: str | None, options: dict
+) -> tuple[PreTrainedModel, dict]:
     """(model, report). The class that config.json's family has for text; attention that runs everywhere."""
     auto = AutoModelForCausalLM if saved.causal else AutoModelForImageTextToText
-    wanted = dict(
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are looked at below
-        generation_config=GenerationConfig(),  # the model's own settings are mint's to read
-        **options,
-    )
+
+    def read(**config: PreTrainedConfig) -> tuple[PreTrainedModel, dict]:
+        found = auto.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are looked at below
+            generation_config=GenerationConfig(),  # the model's own settings are mint's to read
+            **options,
+            **config,
+        )
+        return cast(tuple[PreTrainedModel, dict], found)  # as output_loading_info has it
+
     asked = saved.config.get("_attn_implementation") or saved.config.get("attn_implementation")
     if asked in (None, "eager", "sdpa"):
-        return auto.from_pretrained(name, **wanted)
+        return read()
     # A saved wish for flash attention would stop the model where its kernels are not installed.
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-    for way in ("sdpa", "eager"):
-        config._attn_implementation = way
-        try:
-            return auto.from_pretrained(name, config=config, **wanted)
-        except ValueError as error:
-            if way == "eager" or "attention" not in str(error).lower():
-                raise
-    raise AssertionError("unreachable")
+    config._attn_implementation = "sdpa"
+    try:
+        return read(config=config)
+    except ValueError as error:
+        if "attention" not in str(error).lower():
+            raise
+    config._attn_implementation = "eager"
+    return read(config=config)
 
 
 def _read_pretrained(
@@ -271,11 +282,12 @@ def _check_runs(model: PreTrainedModel, name: str) -> None:
     embedding = model.get_input_embeddings()
     if embedding is None:
         raise ModelError(f"{name} has no input embedding; mint repairs decoder-only causal language models")
-    rows = embedding.weight.shape[0]
+    table = weight_of(embedding)
+    rows = table.shape[0]
     ids = torch.arange(1, 7).remainder(rows).repeat(2, 1)
     ids[1, -1] = (int(ids[0, -1]) + 1) % rows
     try:
-        logits = model(input_ids=ids.to(embedding.weight.device), use_cache=False).logits.float()
+        logits = model(input_ids=ids.to(table.device), use_cache=False).logits.float()
     except MemoryError:
         raise
     except Exception as error:  # whatever the model's own code raises
@@ -340,7 +352,7 @@ def load_lm(
     refuse_unsupported(model)
     if device != "auto":
         try:
-            model.to(device)
+            nn.Module.to(model, device)  # the model's own `to` has lost its type in a decorator
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"cannot use device '{device}' ({_line(error)}); use --device cpu") from None
     with _quiet():

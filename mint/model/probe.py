@@ -32,7 +32,7 @@ def probe(lm: LM) -> dict:
 
     Raises `ModelError` where the tokenizer cannot read an ordinary line of code back: no prompt would be seen as written.
     """
-    saved = lm.saved or Saved(lm.name, None, {}, {})
+    saved = lm.saved
     return {
         "model": lm.name,
         "class": type(lm.model).__name__,

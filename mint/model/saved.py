@@ -12,13 +12,12 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from mint.errors import ModelError
 
@@ -97,7 +96,7 @@ def read_saved(
     _refuse_code(saved)
     _refuse_family(saved)
     if folder is not None:
-        _check_tokenizer_files(saved)
+        _check_tokenizer_files(saved, folder)
     if saved.adapter is not None and not adapter:
         raise ModelError(
             f"{name} holds an adapter ({ADAPTER}) beside the model, and users of peft run both; merge them first"
@@ -127,9 +126,10 @@ def _folder(name: str) -> Path | None:
 
 def _nearest(path: Path) -> str:
     """What the user may have meant instead of a path that does not exist."""
-    known = path
-    while not known.is_dir() and known != known.parent:
-        missing, known = known, known.parent
+    missing = path
+    while not missing.parent.is_dir() and missing != missing.parent:
+        missing = missing.parent
+    known = missing.parent
     if not known.is_dir():
         return "check the path"
     there = sorted(p.name for p in known.iterdir() if p.is_dir() or p.suffix == ".gguf")
@@ -282,8 +282,7 @@ def _shards(folder: Path, index: str) -> tuple[str, ...]:
     return shards
 
 
-def _check_tokenizer_files(saved: Saved) -> None:
-    folder = saved.folder
+def _check_tokenizer_files(saved: Saved, folder: Path) -> None:
     there = {p.name for p in folder.iterdir()}
     models = {n for n in there if n.endswith((".model", ".tiktoken"))}
     if not models and not there.intersection(_TOKENIZER_FILES):
@@ -318,7 +317,7 @@ def _installed(module: str) -> bool:
 def _refuse_code(saved: Saved) -> None:
     """Models that only their own Python files can build: mint never runs them."""
     family, code = saved.family, saved.config.get("auto_map")
-    if family in CONFIG_MAPPING_NAMES:
+    if family in CONFIG_MAPPING:
         return
     if code:
         files = sorted({str(v).split("--")[-1].split(".")[0] + ".py" for v in dict(code).values() if v})
@@ -330,7 +329,7 @@ def _refuse_code(saved: Saved) -> None:
         raise ModelError(
             f"the config.json of {saved.name} names no model_type; give the directory of a saved causal language model"
         )
-    near = difflib.get_close_matches(family, list(CONFIG_MAPPING_NAMES), 1)
+    near = difflib.get_close_matches(family, list(CONFIG_MAPPING), 1)
     hint = f" (nearest: '{near[0]}')" if near else ""
     raise ModelError(
         f"{saved.name} is of the family '{family}', which this transformers does not know{hint}; upgrade transformers, or"

@@ -5,6 +5,7 @@ so only its end tokens are taken, and the rest can be asked for on purpose (`LM.
 """
 
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from transformers import GenerationConfig
 
@@ -74,7 +75,8 @@ class Settings:
             and found not in (None, False, [], {}, _NEUTRAL.get(key))
             and (drawn or key not in _SAMPLING)
         }
-        return cls(frozenset(filter(_is_id, value if isinstance(value, list) else [value])), changing)
+        ends = value if isinstance(value, list) else [value]
+        return cls(frozenset(i for i in ends if _is_id(i)), changing)
 
     def plain(self) -> GenerationConfig:
         """Settings that keep nothing but the end tokens."""
@@ -105,5 +107,5 @@ class Settings:
         return GenerationConfig(**kept | {"do_sample": False} | plain)
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

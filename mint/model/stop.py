@@ -5,7 +5,7 @@ The only place that knows stop rules. Knows token ids and text through the `LM` 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -124,12 +124,14 @@ class Halt(StoppingCriteria):
         # A few tokens of the prompt, since a tokenizer may drop the blank of a lone first token.
         self.before = [list(p[-4:]) for p in prompts]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # noqa: D102
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> torch.BoolTensor:
+        """[batch] bool: which rows are done."""
         done = [
             stop is not None and stop.halt(self.lm.continuation(before, row[self.start :].tolist()))
             for row, before, stop in zip(input_ids, self.before, self.stops, strict=True)
         ]
-        return torch.tensor(done, device=input_ids.device)
+        # torch's constructor has no type for bools, of which the library's signature wants one.
+        return cast(torch.BoolTensor, torch.tensor(done, device=input_ids.device))
 
 
 def _block(text: str) -> int | None:
@@ -157,8 +159,9 @@ def _line_end(lm: "LM", ids: Sequence[int]) -> int:
 
 def end_of_sequence(lm: "LM") -> int:
     """The tokenizer's end-of-sequence token, else one that the model stops at. Raises `ModelError` without any."""
-    if lm.tokenizer.eos_token_id is not None:
-        return lm.tokenizer.eos_token_id
+    own = lm.tokenizer.eos_token_id
+    if isinstance(own, int):
+        return own
     ids = lm.stop_ids()
     if not ids:
         raise ModelError(

@@ -125,17 +125,16 @@ class KeptLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, fixed: bool = False):
         super().__init__()
-        self.keys, self.values, self.fixed = keys, values, fixed
+        self.prefix, self.fixed = (keys, values), fixed
+        self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
         rows = key_states.shape[0]
         if self.fixed:
             key_states, value_states = key_states.detach(), value_states.detach()
-        return (
-            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
-            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2),
-        )
+        keys, values = (x.expand(rows, -1, -1, -1) for x in self.prefix)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 def new_cache(lm: LM) -> Cache:
@@ -160,9 +159,14 @@ def kept_prefix(lm: LM, cache: Cache, length: int) -> list[tuple[Tensor, Tensor]
     pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in getattr(cache, "layers", [])]
     if any(type(x) not in _PLAIN for x in getattr(cache, "layers", [])):
         pairs = []
-    if len(pairs) != lm.n_layers or any(k is None or k.dim() != 4 or k.shape[-2] <= length for k, _ in pairs):
+    found = [
+        (k[..., :length, :], v[..., :length, :])
+        for k, v in pairs
+        if k is not None and v is not None and k.dim() == 4 and k.shape[-2] > length
+    ]
+    if not len(found) == len(pairs) == lm.n_layers:
         raise ModelError(f"{lm.name} keeps no plain keys and values; mint cannot restart it inside a prompt")
-    return [(k[..., :length, :], v[..., :length, :]) for k, v in pairs]
+    return found
 
 
 def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]], fixed: bool = False) -> DynamicCache:
@@ -171,5 +175,5 @@ def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]], fixed: bool = False) -> 
     fixed: no gradient flows through the keys and values of new tokens, so each token answers only for itself.
     """
     cache = DynamicCache()
-    cache.layers = [KeptLayer(keys, values, fixed) for keys, values in prefix]
+    cache.layers.extend(KeptLayer(keys, values, fixed) for keys, values in prefix)
     return cache

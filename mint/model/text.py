@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
@@ -31,7 +32,8 @@ class Template:
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of ids, special tokens included, nothing tidied up."""
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return cast(str, text)  # the library gives a list for a batch of lists only, and types no overload
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], generated: Sequence[int]) -> str:
@@ -53,7 +55,8 @@ def dressed(tokenizer: PreTrainedTokenizerBase, template: Template, text: str, n
     if template.system is not None:
         messages.insert(0, {"role": "system", "content": template.system})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return cast(str, shown)  # with tokenize=False a text, which the library's type does not say
     except Exception as error:  # a template is a program of the model's author, and fails as it likes
         said = " ".join(str(error).split()) or type(error).__name__
         if type(error).__name__ == "TemplateSyntaxError":

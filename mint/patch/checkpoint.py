@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from mint import journal
 from mint.console import Say
 from mint.errors import ModelError, PatchError
+from mint.model.layout import weight_of
 from mint.model.lm import fingerprint, hash_vocabulary, sampled
 from mint.model.loading import BUILTIN, builtin_path, load_lm
 from mint.model.saved import read_saved
@@ -197,18 +198,19 @@ def _check_base(patch: Patch, skeleton: Skeleton, norm: object) -> None:
     if not base.get("fingerprint"):
         return
     model = skeleton.model
-    table = model.get_input_embeddings().weight
+    table = weight_of(model.get_input_embeddings())
     name = next(n for n, p in model.named_parameters(remove_duplicate=False) if p is table)
-    sample = [skeleton.rows(name, sampled(table.shape[0]))]
+    wanted = [skeleton.rows(name, sampled(table.shape[0]))]
     if isinstance(norm, str):
-        sample.append(skeleton.rows(f"{norm}.weight"))
+        wanted.append(skeleton.rows(f"{norm}.weight"))
+    sample = [rows for rows in wanted if rows is not None]
     found = None
     dtype = getattr(torch, str(base.get("dtype")), None)
-    cast = dtype if dtype in DTYPES.values() else patch.dtype
-    if all(s is not None for s in sample):
+    cast = dtype if isinstance(dtype, torch.dtype) and dtype in DTYPES.values() else patch.dtype
+    if len(sample) == len(wanted):
         found = fingerprint(type(model).__name__, skeleton.shapes(), [s.to(cast) for s in sample])
     if found != base["fingerprint"]:
-        stored = next((s.dtype for s in sample if s is not None), cast)
+        stored = sample[0].dtype if sample else cast
         if stored != cast:
             raise PatchError(
                 f"the patch was made in {_name(cast)}, the model is in {_name(stored)}, and their weights differ; repair"

@@ -24,8 +24,11 @@ def diff(one: Patch, other: Patch) -> list[dict]:
     for place in sorted(mine.keys() | theirs.keys()):
         a, b = mine.get(place), theirs.get(place)
         row: dict = {"layer": place[0], "index": place[2]} | ({"expert": place[1]} if place[1] >= 0 else {})
-        if a is None or b is None:
-            rows.append(row | {"only": 2 if a is None else 1, "kind": (a or b).kind})
+        if b is None:
+            rows.append(row | {"only": 1, "kind": mine[place].kind})
+            continue
+        if a is None:
+            rows.append(row | {"only": 2, "kind": b.kind})
             continue
         same = a.after.keys() == b.after.keys() and all(same_bits(a.after[r], b.after[r]) for r in a.after)
         row |= {"only": None, "kind": a.kind, "same": same, "same_start": _same_start(a, b)}

@@ -4,6 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from mint.case import Case
@@ -53,7 +54,8 @@ def ask_llama_cpp(model: str | Path, adapter: str | Path, patch: Patch) -> list[
     Raises `MintError` without the `llamacpp` extra, or where llama.cpp cannot load the two files.
     """
     try:
-        from llama_cpp import Llama
+        # By name: the package is no part of the development extra, so a type check cannot see it.
+        llama_cpp = import_module("llama_cpp")
     except ImportError:
         raise MintError(
             "llama-cpp-python is not installed; pip install 'mint-repair[llamacpp]' (it builds for some minutes)"
@@ -61,7 +63,7 @@ def ask_llama_cpp(model: str | Path, adapter: str | Path, patch: Patch) -> list[
     if not Path(model).is_file():
         raise PatchError(f"{model}: no such file; give the GGUF file that is served")
     try:
-        llama = Llama(str(model), lora_path=str(adapter), n_ctx=0, logits_all=False, verbose=False)
+        llama = llama_cpp.Llama(str(model), lora_path=str(adapter), n_ctx=0, logits_all=False, verbose=False)
     except (ValueError, RuntimeError) as error:
         raise PatchError(
             f"llama.cpp cannot load {model} with {adapter} ({' '.join(str(error).split())[:150]}); is the adapter of the same"

@@ -243,7 +243,7 @@ def to_gguf_lora(
 
     rank, changes = _changes(patch, layout)
     layout = layout if layout is not None else patch.base["layout"]
-    model_type = layout.get("model_type")
+    model_type = str(layout.get("model_type"))
     name = _GGUF_NAMES.get(model_type, model_type)
     arch = next((a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == name), None)
     if arch is None:
@@ -253,7 +253,7 @@ def to_gguf_lora(
     names = gguf.get_tensor_name_map(arch, layout["layers"])
     tensors: dict[str, np.ndarray] = {}
     for module, change in changes.items():
-        # A text model inside a wrapper has one more name in front; llama.cpp keeps the wrapper's eye in another file.
+        # A text model inside a wrapper has one more name in front; llama.cpp keeps the vision tower in another file.
         plain = module.replace("language_model.", "")
         target = names.get_name(f"{plain}.weight", try_suffixes=(".weight",))
         if target is None:

@@ -105,13 +105,14 @@ def _where(layer: int, expert: int | None, index: int) -> str:
 
 def _place(item: object, where: str) -> tuple[int, int | None, int]:
     """(layer, expert, index) of a listed edit."""
-    keys = ("layer", "index", "expert") if isinstance(item, dict) and "expert" in item else ("layer", "index")
-    numbers = [item.get(k) for k in keys] if isinstance(item, dict) else [None]
-    if not all(type(n) is int and n >= 0 for n in numbers) or item.get("kind") not in KINDS:
+    wanted = {"layer", "index"} | ({"expert"} if isinstance(item, dict) and "expert" in item else set())
+    listed = item if isinstance(item, dict) else {}
+    numbers = {k: n for k in wanted if type(n := listed.get(k)) is int and n >= 0}
+    if numbers.keys() != wanted or listed.get("kind") not in KINDS:
         raise PatchError(
             f"{where}: an edit needs layer and index >= 0 and kind {' or '.join(KINDS)}; found {item!r}"[:300]
         )
-    return numbers[0], numbers[2] if len(numbers) > 2 else None, numbers[1]
+    return numbers["layer"], numbers.get("expert"), numbers["index"]
 
 
 def _edit(item: dict, tensors: dict[str, Tensor], where: str) -> NeuronEdit:

@@ -105,7 +105,8 @@ def _section(listed: list[dict], behind: bool) -> str:
         "",
     ]
     for entry in listed:
-        neurons = entry.get("neurons") if isinstance(entry.get("neurons"), list) else []
+        neurons = entry.get("neurons")
+        neurons = neurons if isinstance(neurons, list) else []
         places = "; ".join(named_place(n) for n in neurons if isinstance(n, dict))
         lines.append(f"- `{str(entry.get('sha256'))[:16]}`: {places}")
         for case in entry.get("cases") or []:

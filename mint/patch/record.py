@@ -47,12 +47,21 @@ def cases_of(patch: Patch) -> list[Case]:
     return found
 
 
+def place_of(item: object) -> tuple[int, int, int] | None:
+    """The neuron that an entry of a record names, as `NeuronEdit.place` does; None for what names none."""
+    if not isinstance(item, dict):
+        return None
+    layer, expert, index = item.get("layer"), item.get("expert", -1), item.get("index")
+    if type(layer) is int and type(expert) is int and type(index) is int:
+        return layer, expert, index
+    return None
+
+
 def places_named(record: dict) -> list[tuple[int, int, int]]:
-    """The neurons that the record of a case or a rule names, as `NeuronEdit.place` does; what names none is left out."""
+    """The neurons that the record of a case or a rule names; what names none is left out."""
     listed = record.get("neurons")
-    named = [n for n in (listed if isinstance(listed, list) else []) if isinstance(n, dict)]
-    places = [(n.get("layer"), n.get("expert", -1), n.get("index")) for n in named]
-    return [place for place in places if all(type(number) is int for number in place)]
+    places = map(place_of, listed if isinstance(listed, list) else [])
+    return [place for place in places if place is not None]
 
 
 def promised(patch: Patch) -> list[Case]:

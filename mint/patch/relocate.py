@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mint.errors import PatchError
 from mint.model.lm import LM
 from mint.patch.edit import NeuronEdit, Patch, make_edit, read_neuron, same_bits
+from mint.patch.record import place_of
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,8 @@ def _renamed(info: dict, new: dict[tuple[int, int, int], int]) -> dict:
     """The record with the new places of its neurons."""
 
     def place(item: object) -> object:
-        if (
-            isinstance(item, dict)
-            and (found := (item.get("layer"), item.get("expert", -1), item.get("index"))) in new
-        ):
-            return item | {"index": new[found]}
-        return item
+        found = place_of(item)
+        return item | {"index": new[found]} if isinstance(item, dict) and found in new else item
 
     found = dict(info)
     for kind in ("cases", "rules"):

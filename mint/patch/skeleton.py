@@ -3,7 +3,7 @@ which file holds what. Reads headers and a few kilobytes, so the size of the mod
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -11,8 +11,14 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -66,7 +72,7 @@ class Skeleton:
     """Names and shapes of a model directory's parameters, and where the files hold them."""
 
     folder: Path
-    model: nn.Module
+    model: PreTrainedModel
     """On the meta device: no weights."""
     places: dict[str, list[tuple[Stored, int | None]]]
     """Parameter -> the tensors that hold it (several if files hold copies), each with the number of the expert that it is
@@ -131,8 +137,8 @@ class Skeleton:
 
 
 def _run(stored: Stored, where: Slice, shape: tuple[int, ...] | None) -> Run:
-    expected = shape if shape is None or where.expert is None else shape[1:]
-    if shape is None or stored.shape != shape or not where.index < expected[where.axis]:
+    axis = where.axis if where.expert is None else where.axis + 1
+    if shape is None or stored.shape != shape or not where.index < shape[axis]:
         raise PatchError(
             f"{stored.file} holds '{stored.key}' with shape {stored.shape}, expected {shape}; is this the model that the"
             " patch was made on?"
@@ -156,13 +162,17 @@ def _run(stored: Stored, where: Slice, shape: tuple[int, ...] | None) -> Run:
     return Run(stored, start + where.index * inner, step, inner, prod(shape[: where.axis]))
 
 
-def _classes(saved: Saved, config, architecture: str | None) -> Iterator[Callable[[], nn.Module]]:
-    """Ways to build the model: as `load_lm` would, then as the class that a patch names."""
+def _build(saved: Saved, config: PreTrainedConfig, architecture: str | None) -> PreTrainedModel:
+    """The model without weights, as `load_lm` would make it; where that is another class, as the one that a patch names."""
     auto = AutoModelForCausalLM if saved.causal else AutoModelForImageTextToText
-    yield lambda: auto.from_config(config, trust_remote_code=False)
     named = getattr(transformers, str(architecture), None)
-    if isinstance(named, type) and issubclass(named, PreTrainedModel):
-        yield lambda: named(config)
+    with torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=False)
+        if architecture in (None, type(model).__name__):
+            return model
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named(config)
+    return model
 
 
 def read(folder: Path, architecture: str | None = None) -> Skeleton:
@@ -173,11 +183,7 @@ def read(folder: Path, architecture: str | None = None) -> Skeleton:
     saved = read_saved(str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for make in _classes(saved, config, architecture):
-            with torch.device("meta"):
-                model = make()
-            if architecture in (None, type(model).__name__):
-                break
+        model = _build(saved, config, architecture)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -195,9 +201,9 @@ def read(folder: Path, architecture: str | None = None) -> Skeleton:
             name, stacked = rename_source_key(
                 stored.key, renamings, stackings, getattr(model, "base_model_prefix", None), known
             )
-            expert = _EXPERT.search(stored.key)
-            number = int(expert.group(1)) if stacked and expert else None
-            if number is not None:
+            expert, number = _EXPERT.search(stored.key), None
+            if stacked and expert:
+                number = int(expert.group(1))
                 sources = next(c.source_patterns for c in stackings if stacked in c.source_patterns)
                 parts[stored.key] = list(sources).index(stacked)
             places.setdefault(name, []).append((stored, number))

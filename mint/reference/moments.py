@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mint.console import Say
+from mint.console import Counts, Say
 from mint.errors import PatchError
 from mint.files import write_file
 from mint.model.hooks import record, record_block_inputs, stopped_after
@@ -155,7 +156,7 @@ def statistics(
     )
 
 
-class _ByLayer(Sequence):
+class _ByLayer(Sequence[Tensor]):
     """One tensor a layer, read when asked for; all in one go where they are iterated over."""
 
     def __init__(self, read: Callable[[Sequence[int]], list[Tensor]], layers: int):
@@ -164,7 +165,13 @@ class _ByLayer(Sequence):
     def __len__(self) -> int:
         return self._layers
 
-    def __getitem__(self, layer: int) -> Tensor:
+    @overload
+    def __getitem__(self, layer: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, layer: slice) -> list[Tensor]: ...
+    def __getitem__(self, layer: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(layer, slice):
+            return self._read(range(self._layers)[layer])
         if not -self._layers <= layer < self._layers:
             raise IndexError(f"the model has layers 0 to {self._layers - 1}, found {layer}")
         return self._read([layer % self._layers])[0]
@@ -173,7 +180,7 @@ class _ByLayer(Sequence):
         return iter(self._read(range(self._layers)))
 
 
-class _Rows(Mapping):
+class _Rows(Mapping[int, Tensor]):
     """The same as a mapping from layer to tensor."""
 
     def __init__(self, layers: _ByLayer):
@@ -276,7 +283,7 @@ def _measure(
 
     def tell() -> None:
         text = "measuring the model on reference text (once per model)"
-        if hasattr(say, "progress"):
+        if isinstance(say, Counts):
             say.progress(text, done, total)
         elif not done:
             say(text)

@@ -321,7 +321,7 @@ def _stacked(kept: list, longest: int, lowest: int) -> list[tuple[Tensor, Tensor
 
     def joined(layer: int, which: int) -> Tensor:
         like = kept[0][layer][which]
-        if layer < lowest:  # never looked at but for its length: one number, lent out
+        if layer < lowest:  # only its length is looked at: one number, expanded
             return like.new_zeros(()).expand(len(kept), like.shape[0], longest, like.shape[2])
         parts = (pairs[layer][which] for pairs in kept)
         return torch.stack([functional.pad(x, (0, 0, longest - x.shape[1], 0)) for x in parts])

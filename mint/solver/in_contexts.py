@@ -179,7 +179,7 @@ def _detect(lm: LM, seen: _Inputs, stats: Statistics, fire: Tensor, recipe: Reci
         silent(x[start:][~here], 0.3)
         silent(x[:start], 0.05)
     for x, start in seen.near:
-        silent(x[start : start + 1], recipe.near)  # what is written next door is decided here
+        silent(x[start : start + 1], recipe.near)  # the position that predicts the near miss's first token
         silent(x[start + 1 :], 0.3 * recipe.near)
         silent(x[:start], 0.05)
     silent(seen.guarded, 0.3)
