@@ -20,7 +20,7 @@ from mint.model.loading import BUILTIN, load_lm
 from mint.reference import sample_layers, statistics, written_energy
 from mint.session import measured_sequences
 
-POOLS = (384, 192, 96, 48)
+POOLS = (384, 192, 96, 48, 16)
 """One in so many neurons of a layer."""
 
 

@@ -75,6 +75,16 @@ def test_a_patch_that_names_no_neuron_moves_to_an_idle_one(lm):
     assert asked == [1] and move.to == 30
 
 
+def test_more_patches_than_idle_neurons_still_go_together(lm):
+    """Where the nearly free ones of a layer are taken, the next quietest are offered."""
+    from mint.reference.idle import IDLE, SPARE, nearly_free
+
+    energy = torch.arange(960.0).flip(0)
+    assert nearly_free(energy) == list(range(959, 949, -1)) and len(nearly_free(energy)) == 960 // IDLE
+    more = nearly_free(energy, share=SPARE)
+    assert more[:10] == nearly_free(energy) and len(more) == 60
+
+
 def test_contradicting_cases_are_found(lm):
     def with_target(text):
         case = {"id": text, "prompt": "# sort\n", "target": text}

@@ -18,15 +18,26 @@ def written_energy(lm: LM, stats: Statistics, layer: int) -> Tensor:
     return stats.neurons_energy[layer] * lm.columns(layer).float().square().sum(1).cpu()
 
 
-def nearly_free(energy: Tensor, used: Collection[int] = ()) -> list[int]:
-    """The idle neurons of a layer that are not in use, quietest first. energy: see `written_energy`."""
+SPARE = 16
+"""One in so many can still be had where all idle ones are taken: a bank of many patches in one layer needs them."""
+
+
+def nearly_free(energy: Tensor, used: Collection[int] = (), share: int = IDLE) -> list[int]:
+    """One in `share` of a layer's neurons, those that write least and are not in use, quietest first.
+
+    energy: see `written_energy`.
+    """
     taken = set(used)
     free = torch.tensor([i not in taken for i in range(len(energy))])
-    quiet = energy.masked_fill(~free, float("inf")).argsort()[: max(4, len(energy) // IDLE)].tolist()
+    quiet = energy.masked_fill(~free, float("inf")).argsort()[: max(4, len(energy) // share)].tolist()
     return [i for i in quiet if free[i]]
 
 
 def idle_neurons(lm: LM, say: Say = lambda _: None) -> Callable[[int], list[int]]:
-    """layer -> its idle neurons; the statistics of a layer are measured (and cached) when it is asked for."""
+    """layer -> its quietest neurons, one in `SPARE`; a layer's statistics are measured (and cached) when it is asked for."""
     stats = statistics(lm, say=say)
-    return lambda layer: nearly_free(written_energy(lm, stats, layer)) if lm.d_ff(layer) else []
+
+    def idle(layer: int) -> list[int]:
+        return nearly_free(written_energy(lm, stats, layer), share=SPARE) if lm.d_ff(layer) else []
+
+    return idle
