@@ -1,6 +1,7 @@
 """The neurons behind a habit: ranked over many prompts of a rule, with what each writes and when it fires.
 
-python scripts/habit_neurons.py --model smollm2-135m --rule clock.jsonl --rule md5.jsonl --out docs/clock.json
+python scripts/habit_neurons.py --model smollm2-135m --rule clock.jsonl --rule md5.jsonl --out small.json
+python scripts/habit_neurons.py --tables small.json other.json      prints them for docs/attribution_rules.md
 
 For each rule: the first fault of each learn prompt; the linear effect of replacing each neuron by its mean on reference text, at
 the fault's own position (Syed et al. 2023, arXiv 2310.10348, section 2), averaged over the prompts; the first ones checked exactly,
@@ -148,18 +149,60 @@ def ranked(lm: LM, rule: Rule, reference: Reference, limit: int, top: int) -> di
     }
 
 
+def code(text: str) -> str:
+    """Text as inline code in a cell of a Markdown table."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace("|", "¦").replace("`", "'")
+    return f"`{shown}`" if shown.strip() else f"`{shown.replace(' ', '␣')}`"
+
+
+def tables(found: dict) -> str:
+    """The figures of one model as Markdown."""
+    lines = []
+    for rule in found["rules"]:
+        lines += [
+            f"### {found['model']}: {code(rule['wrong'])} instead of {code(rule['right'])}",
+            "",
+            f"{rule['prompts']} prompts; on average the wrong token leads by {rule['difference']} logits, and by"
+            f" {rule['difference'] + rule['together']:.2f} with the {len(rule['neurons'])} neurons below at their usual activation.",
+            "",
+            "| neuron | effect, exact (linear) | among the ten guiltiest | louder here | writes | against |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for n in rule["neurons"]:
+            words = [" ".join(map(code, n[key])) for key in ("promotes", "suppresses")]
+            lines.append(
+                f"| {n['layer']}.{n['index']} | {n['exact']:+.2f} ({n['linear']:+.2f}) | {n['among_ten']} of {rule['prompts']} |"
+                f" {n['selectivity']:.0f} x | {words[0]} | {words[1]} |"
+            )
+        lines += ["", "Where they fire most on reference text:", ""]
+        for n in rule["neurons"][:4]:
+            places = [
+                f"{code(before)} **{code(token)}** {code(after)}"
+                for before, token, after in (f["text"] for f in n["fires"])
+            ]
+            lines += [f"- **{n['layer']}.{n['index']}**", *(f"    - {place}" for place in places)]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Write the figures of one model and several rules."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--rule", action="append", required=True, type=Path)
+    parser.add_argument("--tables", nargs="+", type=Path, metavar="JSON", help="print what was measured")
+    parser.add_argument("--model")
+    parser.add_argument("--rule", action="append", default=[], type=Path)
     parser.add_argument("--prompts", type=int, default=12, help="most learn prompts of a rule")
     parser.add_argument("--top", type=int, default=6, help="neurons listed")
     parser.add_argument("--tokens", type=int, default=2000, help="of reference text, about")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    if asked.tables:
+        print("\n".join(tables(json.loads(p.read_text(encoding="utf-8"))) for p in asked.tables))
+        return
+    if not (asked.model and asked.rule and asked.out):
+        parser.error("give --model, --rule and --out, or --tables")
     lm = load_lm(asked.model)
     reference = Reference(lm, asked.tokens)
     rules = []
