@@ -59,16 +59,14 @@ def rules_page(
     model: Mapping[str, str],
     effects: Mapping | None = None,
     matrix: Sequence[Sequence[float | None]] = (),
-    curve: Sequence[Mapping] = (),
 ) -> str:
     """The page of rules (`mint repair --rule --report`).
 
-    rules: dicts as of `mint.rules.report`. effects: a `Specificity` as a dict. matrix: one row and column a rule. curve:
-    rows of a learn curve, with the same keys each.
+    rules: dicts as of `mint.rules.report`. effects: a `Specificity` as a dict. matrix: one row and column a rule.
     """
     shown = [dict(rule) | {"lists": [_rule_lines(*part) for part in rule["lists"]]} for rule in rules]
     return _template("rules.html.j2").render(
-        title="mint: rules", rules=shown, model=model, effects=effects, matrix=matrix, curve=curve
+        title="mint: rules", rules=shown, model=model, effects=effects, matrix=matrix
     )
 
 
