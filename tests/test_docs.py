@@ -73,6 +73,23 @@ def test_the_site_is_built_without_a_broken_reference(tmp_path):
     assert "load_lm" in read(tmp_path / "api.html")
 
 
+def test_a_page_is_run_and_compared_word_by_word(tmp_path):
+    page = tmp_path / "page.md"
+
+    def run(*options):
+        command = [sys.executable, "scripts/run_page.py", str(page), *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    text = "Say it:\n\n```console\n$ WORD=ab && \\\necho $WORD 12 > x\n$ cat x; false\n{}```\n"
+    page.write_text(text.format("ab 34\nexit code 1\n"))
+    assert run().returncode == 0  # numbers may differ
+    page.write_text(text.format("abc 12\nexit code 1\n"))
+    done = run()
+    assert done.returncode == 1 and "ab 12" in done.stdout
+    assert run("--write").returncode == 0
+    assert page.read_text() == text.format("ab 12\nexit code 1\n")
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_the_commands_of_a_page_print_what_it_says(page):
