@@ -93,7 +93,7 @@ MIXTURES = {
     "deepseek_v2": lambda **k: T.DeepseekV2Config(**MLA, n_routed_experts=4, **k),
     "deepseek_v3": lambda **k: T.DeepseekV3Config(**MLA, n_routed_experts=8, n_group=2, topk_group=1, **k),
     "granitemoe": lambda **k: T.GraniteMoeConfig(**GATED, **TWO_OF, num_local_experts=4, **k),
-    "gpt_oss": lambda **k: T.GptOssConfig(**GATED, **TWO_OF, head_dim=8, num_local_experts=4, sliding_window=16, **k),
+    "gpt_oss": lambda **k: T.GptOssConfig(**GATED, **TWO_OF, head_dim=8, num_local_experts=4, **({"sliding_window": 16} | k)),
     "lfm2_moe": lambda **k: T.Lfm2MoeConfig(
         **GATED, **TWO_OF, **SMALL, num_experts=4, num_dense_layers=1,
         layer_types=["conv", "full_attention", "conv"], **k),
@@ -114,11 +114,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A random model of a family: 3 layers, width 32, bytes as vocabulary."""
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> torch.nn.Module:
+    """A random model of a family: 3 layers, width 32, bytes as vocabulary. settings: of its config, beside the table's."""
     torch.manual_seed(seed)
     config = (FAMILIES | HYBRIDS | MIXTURES)[family](
-        vocab_size=257, bos_token_id=None, eos_token_id=0, pad_token_id=0
+        vocab_size=257, bos_token_id=None, eos_token_id=0, pad_token_id=0, **settings
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -131,8 +131,8 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return model.to(dtype)
 
 
-def tiny_lm(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> LM:
-    model = tiny_model(family, seed, dtype)
+def tiny_lm(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> LM:
+    model = tiny_model(family, seed, dtype, **settings)
     return LM(model, byte_tokenizer(), find_layout(model), f"tiny-{family}")
 
 
