@@ -11,6 +11,7 @@ import torch
 
 from mint.case import Case, Keep, case_from_dict
 from mint.errors import CaseError
+from mint.model.foretell import clear_margin
 from mint.model.lm import LM, Encoded
 from mint.model.margins import all_margins
 from mint.model.stop import Stop
@@ -21,9 +22,6 @@ KEEP_LINES = 2
 """Most lines of it."""
 BATCH = 16
 """Guards generated at a time."""
-CLEAR = {torch.float32: 0.05}
-"""Least margin, in logits, that rounding cannot turn between one forward and token by token; by dtype, else `UNCLEAR`."""
-UNCLEAR = 0.5
 
 KEPT = "keep"
 EARLIER = "an earlier repair"
@@ -120,7 +118,7 @@ def still_hold(lm: LM, guards: Sequence[Guard], *, quick: bool = False) -> list[
     held = [True] * len(guards)
     doubtful = list(range(len(guards)))
     if quick and guards:
-        clear = CLEAR.get(lm.dtype, UNCLEAR)
+        clear = clear_margin(lm)
         leads = all_margins(lm, [g.encoded for g in guards])
         doubtful = [i for i, m in enumerate(leads) if len(m) and not float(m.min()) > clear]
     order = sorted(doubtful, key=lambda i: (len(guards[i].encoded.ids), i))

@@ -9,6 +9,7 @@ from mint import guards
 from mint import patch as P
 from mint.case import Case, Keep
 from mint.errors import CaseError
+from mint.model.foretell import clear_margin
 from mint.model.lm import Encoded
 from mint.model.margins import all_margins
 from mint.session import Hooks, Refused, Session, Wishes, repair
@@ -66,7 +67,7 @@ def test_many_guards_in_batches_give_what_single_ones_give(lm):
 
 def test_what_leads_clearly_is_not_generated_again(lm, monkeypatch):
     kept = outputs(lm, "abcdef")
-    clear = [m.min() > guards.CLEAR[torch.float32] for m in all_margins(lm, [g.encoded for g in kept])]
+    clear = [m.min() > clear_margin(lm) for m in all_margins(lm, [g.encoded for g in kept])]
     asked = []
     generate = lm.generate
     monkeypatch.setattr(lm, "generate", lambda p, *a: asked.extend(p) or generate(p, *a))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from mint.attribution import methods
@@ -404,11 +403,15 @@ def logit_lens(lm: LM, rows: Sequence[dict], count: int = 5) -> list[tuple[list[
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
     """Rank correlation (ties share their mean rank); None where one side is constant or there are fewer than 3."""
+    from scipy.stats import spearmanr  # slow to import
+
     return _correlation(spearmanr, a, b)
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:
     """Linear correlation; None where one side is constant or there are fewer than 3."""
+    from scipy.stats import pearsonr
+
     return _correlation(pearsonr, a, b)
 
 

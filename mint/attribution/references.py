@@ -20,11 +20,14 @@ from mint.errors import CaseError, MintError
 from mint.model.hooks import record
 from mint.model.lm import LM
 from mint.model.loading import cache_dir
+from mint.model.precision import coarse
 from mint.reference import Statistics, passages, reference_texts, store_tensors
 
 NAMES = ("mean", "zero", "resample", "counterfactual")
 PASSAGES, PER_PASSAGE, LENGTH = 16, 4, 64
 """Draws: how many passages, tokens of each, and how far into a passage they may lie."""
+_TOGETHER = 8
+"""Passages of one forward."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,17 @@ def _draw(lm: LM, seed: int) -> list[Tensor]:
     every = [p[:LENGTH] for p in passages(lm, reference_texts())]
     chosen = every[:: max(1, len(every) // PASSAGES)][:PASSAGES]
     out: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
-    for ids in chosen:
-        # The first token of a text is no token of a text: models park outliers there.
-        count = min(PER_PASSAGE, len(ids) - 1)
-        at = 1 + torch.randperm(len(ids) - 1, generator=generator)[:count]
-        with record(lm) as seen:
-            lm.logits([ids], [[0]])
-        for layer in range(lm.n_layers):
-            n = seen[layer][0][at.to(seen[layer].device)] if layer in seen else torch.zeros(count, 0)
-            out[layer].append(n.float().cpu())
+    for start in range(0, len(chosen), _TOGETHER):
+        batch = chosen[start : start + _TOGETHER]
+        with coarse(lm), record(lm) as seen:
+            lm.logits(batch, [[0] for _ in batch])
+        for row, ids in enumerate(batch):
+            # The first token of a text is no token of a text: models park outliers there.
+            count = min(PER_PASSAGE, len(ids) - 1)
+            at = 1 + torch.randperm(len(ids) - 1, generator=generator)[:count]
+            for layer in range(lm.n_layers):
+                n = seen[layer][row][at.to(seen[layer].device)] if layer in seen else torch.zeros(count, 0)
+                out[layer].append(n.float().cpu())
     return [torch.cat(parts) for parts in out]
 
 

@@ -1,12 +1,10 @@
 """What a session did, for others to read: the object that `mint repair --json` prints, and the page of one repair."""
 
-from mint.attribution import plots
 from mint.errors import MintError
 from mint.evaluation import page
 from mint.files import jsonable
 from mint.measure import places
 from mint.model.lm import LM
-from mint.pictures import svg
 from mint.session import Outcome, Repair
 
 PLACES = ("contexts", "wordings", "near_misses")
@@ -80,5 +78,8 @@ def repair_page(lm: LM, outcome: Outcome) -> str:
         "specificity": {"other_tasks": outcome.specificity.as_dict()} if outcome.specificity else {},
     }
     shown = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
+    from mint.attribution import plots  # matplotlib is slow to import
+    from mint.pictures import svg
+
     heatmap = svg(plots.heat_map(lm, one.attribution)) if one.attribution is not None else None
     return page.repair_page(row, shown | ({"revision": lm.revision} if lm.revision else {}), heatmap)

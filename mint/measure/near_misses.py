@@ -13,6 +13,7 @@ from mint.batches import alike
 from mint.case import Case
 from mint.errors import CaseError
 from mint.measure.contexts import BATCH_TOKENS
+from mint.model.foretell import foretold
 from mint.model.lm import LM, Encoded
 
 EXCHANGES = 6
@@ -30,6 +31,8 @@ class NearMisses:
     cases: tuple[Case, ...]
     encoded: tuple[Encoded, ...]
     clean: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    """The tokens of that."""
 
 
 def prepare(lm: LM, case: Case, stop: str = "auto", keep: Sequence[str] = (), seed: int = 0) -> NearMisses:
@@ -51,17 +54,30 @@ def prepare(lm: LM, case: Case, stop: str = "auto", keep: Sequence[str] = (), se
         if len(found.ids) + 8 <= lm.context and prompt != case.prompt:
             cases.append(other)
             encoded.append(found)
-    return NearMisses(tuple(cases), tuple(encoded), tuple(_written(lm, encoded)))
+    ids = _written(lm, encoded, [()] * len(encoded))
+    return NearMisses(tuple(cases), tuple(encoded), tuple(_texts(lm, encoded, ids)), tuple(ids))
 
 
-def _written(lm: LM, encoded: Sequence[Encoded]) -> list[str]:
-    """Greedy text behind each prompt, of a fixed number of tokens: it does not stop at line ends."""
-    texts: dict[int, str] = {}
+def _written(lm: LM, encoded: Sequence[Encoded], before: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Greedy tokens behind each prompt, a fixed number: they do not stop at line ends.
+
+    before: what was written earlier; where one forward shows that it is written again, it is not generated.
+    """
+    old = [i for i, ids in enumerate(before) if ids]
+    again = [Encoded(encoded[i].prompt, before[i]) for i in old]
+    told = foretold(lm, again, [""] * len(again)) if again else []
+    found = {i: before[i] for i, same in zip(old, told, strict=True) if same}
+    asked = [i for i in range(len(encoded)) if i not in found]
     budget = max((len(e.target) for e in encoded), default=0) + EXTRA
-    for batch in alike([len(e.prompt) for e in encoded], BATCH_TOKENS):
+    for part in alike([len(encoded[i].prompt) for i in asked], BATCH_TOKENS):
+        batch = [asked[k] for k in part]
         ids = lm.generate([encoded[i].prompt for i in batch], budget)
-        texts |= {i: lm.continuation(encoded[i].prompt, g) for i, g in zip(batch, ids, strict=True)}
-    return [texts[i] for i in range(len(encoded))]
+        found |= {i: tuple(g) for i, g in zip(batch, ids, strict=True)}
+    return [found[i] for i in range(len(encoded))]
+
+
+def _texts(lm: LM, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> list[str]:
+    return [lm.continuation(e.prompt, g) for e, g in zip(encoded, ids, strict=True)]
 
 
 def measure(lm: LM, near: NearMisses) -> dict[str, int]:
@@ -69,7 +85,8 @@ def measure(lm: LM, near: NearMisses) -> dict[str, int]:
 
     A prompt behind which the clean model writes the target already can be changed, but cannot become it.
     """
-    pairs = list(zip(_written(lm, near.encoded), near.clean, near.cases, strict=True))
+    now = _texts(lm, near.encoded, _written(lm, near.encoded, near.ids))
+    pairs = list(zip(now, near.clean, near.cases, strict=True))
     return {
         "cases": len(pairs),
         "became_target": sum(
