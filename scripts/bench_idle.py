@@ -38,6 +38,9 @@ def main() -> None:
     )
     parser.add_argument("--model", default=BUILTIN)
     parser.add_argument("--repairs", type=int, default=20)
+    parser.add_argument(
+        "--every", type=int, default=4, help="behind the first eight, measure one rank in so many"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     lm = load_lm(options.model)
@@ -47,6 +50,8 @@ def main() -> None:
     clean = specificity.baseline(lm, measured_sequences(lm), states=[layer])
     rows = []
     for rank, index in enumerate(order):
+        if rank >= 8 and rank % options.every:
+            continue
         silent = torch.zeros_like(lm.columns(layer)[index])
         with P.applied(lm, P.Patch((P.make_edit(lm, layer, index, {"out": silent}),), P.identity(lm))):
             effects = specificity.compare(lm, clean, since=layer)
@@ -57,7 +62,7 @@ def main() -> None:
     table = []
     for share in POOLS:
         pool = max(4, len(energy) // share)
-        inside = rows[:pool]
+        inside = [r for r in rows if r["rank"] < pool]
         table.append(
             {
                 "pool": f"1/{share}",

@@ -87,13 +87,13 @@ def tune(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
 
 
 def versions(options: argparse.Namespace) -> Iterator[tuple[str, LM]]:
+    if options.train is not None:
+        for name, folder in tune(options):
+            yield name, load_lm(str(folder))
     for dtype in options.dtypes:
         yield dtype, load_lm(options.model, dtype=dtype)
     if options.gguf is not None:
         yield options.gguf.name, load_lm(str(options.gguf))
-    if options.train is not None:
-        for name, folder in tune(options):
-            yield name, load_lm(str(folder))
 
 
 def applies(lm: LM, patch: P.Patch) -> bool:
