@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mint.errors import MintError
+from mint.extras import need
 from mint.files import write_file
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ STYLE = {
 
 
 def check_picture(path: Path, force: bool = False) -> None:
-    """Raise `MintError` for a name that ends in neither .png nor .svg, or that is taken."""
+    """Raise `MintError` for a name that ends in neither .png nor .svg, or that is taken, and without matplotlib."""
+    need(f"drawing {path}", "matplotlib")
     if path.suffix.lower() not in ENDINGS:
         raise MintError(
             f"{path}: expected a name ending in .png or .svg, found '{path.suffix}'; rename the picture"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mint.case import Case
 from mint.errors import CaseError
+from mint.extras import need
 
 Row = dict
 MAX_TARGET_CHARS = 400
@@ -319,12 +320,9 @@ def rows_of_split(folder: str | Path, name: str, split: str) -> list[Numbered]:
 
 def rows_of_hub(hub_id: str, split: str, from_hub: Callable[[Row], Row], **options: object) -> list[Numbered]:
     """The rows of a split of a hub data set, in the common layout. Raises `CaseError` if it cannot be had."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CaseError(
-            f"{hub_id}: reading the hub needs the package 'datasets'; pip install datasets"
-        ) from None
+    need(f"reading {hub_id} from the hub", "datasets")
+    from datasets import load_dataset
+
     try:
         found = load_dataset(hub_id, split=split, **options)
     except Exception as error:  # the library raises many kinds; all mean that the rows cannot be had

@@ -376,7 +376,7 @@ def test_lora_starts_from_the_seed(lm):
 
 def test_lora_without_peft_says_what_to_install(lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MintError, match="pip install peft"):
+    with pytest.raises(MintError, match=r"pip install 'mint-repair\[baselines\]'"):
         lora.solve(lm, problem_of(lm), Settings())
 
 

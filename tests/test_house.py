@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors"},
-    {"batches", "case", "files", "journal", "progress"},
+    {"batches", "case", "extras", "files", "journal", "progress"},
     {"console", "fromdiff", "pictures", "prompts"},
     {"model"},
     {"patch"},
@@ -73,7 +73,7 @@ def test_imports_go_one_way():
 def test_tasks_import_cases_only_and_nothing_imports_scripts():
     for name, tree in modules("tasks"):
         entered = {room for module, names in imports(tree) for room in rooms(module, names)}
-        assert entered <= {"case", "errors", "console"}, name
+        assert entered <= {"case", "errors", "extras", "console"}, name
     for folder in ("mint", "tasks"):
         for name, tree in modules(folder):
             outside = {module.split(".")[0] for module, _ in imports(tree)}

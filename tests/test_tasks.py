@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from mint.case import STOPS, Case, load_cases
-from mint.errors import CaseError
+from mint.errors import CaseError, MintError
 from mint.measure.judges import JUDGE_OF_TASK, JUDGES, judge, load_tests
 from mint.model.stop import Stop
 from tasks import TASKS
@@ -261,7 +261,7 @@ def test_hub_faults_are_one_line(hub_home):
 
 def test_hub_without_the_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(CaseError, match="pip install datasets"):
+    with pytest.raises(MintError, match=r"needs datasets, .* pip install 'mint-repair\[evaluate\]'"):
         rows_of_hub("x/y", "test", dict)
 
 

@@ -24,6 +24,7 @@ from mint.attribution.exact import Run, differentiable_rerun, reference_at
 from mint.attribution.faults import differences
 from mint.attribution.linear import linear_scores
 from mint.errors import MintError
+from mint.extras import need
 from mint.model.layout import Block, Rows
 from mint.model.lm import LM
 
@@ -196,12 +197,8 @@ def _random(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tensor]:
 
 
 def _captum(lm: LM, run: Run, reference: Reference, seed: int) -> list[Tensor]:
-    try:
-        from captum.attr import LayerGradientXActivation
-    except ImportError:
-        raise MintError(
-            "the control 'captum' needs the package captum; install it: pip install captum"
-        ) from None
+    from captum.attr import LayerGradientXActivation
+
     fault = run.fault
     embed = lm.model.get_input_embeddings()
     ids = torch.tensor([run.ids], device=lm.device)
@@ -233,8 +230,15 @@ METHODS: dict[str, Method] = {
 }
 
 
-def estimate(lm: LM, run: Run, reference: Reference, method: str = "linear", seed: int = 0) -> list[Tensor]:
-    """Scores of all neurons by a named method, [d_ff] a layer. Raises `MintError` for an unknown name."""
+def check_method(method: str) -> None:
+    """Raise `MintError` for an unknown name, and for a method whose library is not installed."""
     if method not in METHODS:
         raise MintError(f"unknown method '{method}'; known are {', '.join(METHODS)}")
+    if method == "captum":
+        need("the control 'captum'", "captum")
+
+
+def estimate(lm: LM, run: Run, reference: Reference, method: str = "linear", seed: int = 0) -> list[Tensor]:
+    """Scores of all neurons by a named method, [d_ff] a layer. Raises `MintError` as `check_method`."""
+    check_method(method)
     return METHODS[method](lm, run, reference, seed)

@@ -199,8 +199,7 @@ def _name_experts(lm: LM, result: Attribution) -> None:
 
 
 def _check(top: int, exact: int | str, method: str) -> None:
-    if method not in methods.METHODS:
-        raise MintError(f"unknown method '{method}'; known are {', '.join(methods.METHODS)}")
+    methods.check_method(method)
     if not isinstance(top, int) or top < 1:
         raise MintError(f"expected a number of neurons to list of at least 1, found {top}")
     if exact != "all" and (not isinstance(exact, int) or exact < 0):

@@ -130,6 +130,7 @@ def evaluate(
         from mint.measure import judges
         from mint.solver.problem import Settings
 
+        run.check_libraries()
         wanted, skipped = measuring.read_cases(cases)
         skipped = [*skipped, *measuring.read_skipped(cases.with_name(f"{cases.stem}.skipped.jsonl"))]
         named_solvers(solver or ["mint"])

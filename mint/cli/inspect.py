@@ -56,10 +56,16 @@ def attribute(
         raise typer.BadParameter(f"--exact is a number or 'all', found '{exact}'")
     texts = {"prompt": o.text(prompt, prompt_file, "prompt"), "target": o.text(target, target_file, "target")}
     case = case_from_dict({"id": "case"} | texts, "command line")
-    o.check_free(plot, force)
+    if plot is not None:
+        from mint import pictures
+
+        pictures.check_picture(plot, force)
     with console.working() as say:
-        lm, _ = o.load(model, device, dtype, revision, chat, system, patch, say, adapter=adapter)
         from mint import attribution
+        from mint.attribution import methods
+
+        methods.check_method(method)
+        lm, _ = o.load(model, device, dtype, revision, chat, system, patch, say, adapter=adapter)
 
         case = replace(case, prompt=o.filled(lm, case.prompt, suffix))
 

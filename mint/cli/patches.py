@@ -390,6 +390,10 @@ def export(
         raise typer.BadParameter("--trigger and --verify-gguf belong to --format gguf-lora")
     if trigger is not None and model is None:
         raise typer.BadParameter("--trigger needs --model, whose tokenizer makes its tokens")
+    if verify_gguf is not None:
+        from mint.patch import consumer
+
+        consumer.check_library()
     answers, scaled = [], 1.0
     with console.working() as say:
         say("importing")

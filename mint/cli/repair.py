@@ -10,6 +10,7 @@ from mint import console
 from mint.cli import options as o
 from mint.cli.rule import Accept, Judges, check_options, repair_rules
 from mint.errors import MintError
+from mint.extras import need
 
 EXAMPLES = """Repair a mistake or a habit of a model with a patch of one or two neurons.
 
@@ -179,6 +180,8 @@ def repair(
     o.check_free(report, force)
     if report is not None and len(wanted) > 1:
         raise typer.BadParameter("--report shows one case; use `mint evaluate` for the page of many")
+    if report is not None:
+        need("--report, which draws the fault,", "matplotlib")
     with console.working() as say:
         say("importing")
         from mint import session

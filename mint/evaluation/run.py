@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mint.attribution import attribute, plots
+from mint.attribution import attribute
 from mint.case import Case
 from mint.errors import MintError
 from mint.evaluation import controls as controls_module
@@ -23,12 +23,18 @@ from mint.evaluation.ledger import Ledger, latest
 from mint.evaluation.measuring import Clean
 from mint.evaluation.plan import Plan, Request, make
 from mint.evaluation.progress import progress_bar
+from mint.extras import need
 from mint.files import jsonable, write_file
 from mint.measure import sandbox
 from mint.model.lm import LM
 from mint.patch import Patch, identity, save, versions
 from mint.pictures import svg
 from mint.solver.problem import Solution, Solver
+
+
+def check_libraries(page: bool = True) -> None:
+    """Raise `MintError` where a library is not installed that every evaluation needs. page: whether it draws one."""
+    need("an evaluation", "sacrebleu", *(["matplotlib"] if page else []))
 
 
 def evaluate(
@@ -45,10 +51,11 @@ def evaluate(
     cases: all cases of the file; neighbours are drawn from them, whatever `request.limit` says. progress: a bar on stderr.
 
     A second call with the same arguments continues where the first stopped, and ends with the same summary, times
-    aside. The model is left bit for bit as it came. Raises `MintError` for an unknown solver, for no usable case, and
-    where a solver leaves the model changed.
+    aside. The model is left bit for bit as it came. Raises `MintError` for an unknown solver, for no usable case, where
+    a library is missing, and where a solver leaves the model changed.
     """
     request = request or Request()
+    check_libraries(request.page)
     team = parallel.team()
     plan, dropped = make(lm, cases, out, request)
     dropped = [*request.skipped, *dropped]
@@ -274,6 +281,8 @@ def _summary(lm, plan, rows, drifts, dropped, found, request) -> dict:
 
 def _heat_maps(lm: LM, cases: Sequence[Case], say: Callable[[str], None]) -> dict[str, str]:
     """Attribution heat maps as `<svg>` text, by case id; a case that has no fault to show is left out."""
+    from mint.attribution import plots  # matplotlib is an extra
+
     pictures = {}
     for case in cases:
         say(f"heat map of {case.id}")

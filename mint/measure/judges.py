@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mint.case import read_jsonl
 from mint.errors import CaseError, MintError
+from mint.extras import need
 from mint.measure.sandbox import run_python
 
 
@@ -120,14 +121,9 @@ _PLACEHOLDER = re.compile(r"\{\{.*?\}\}")
 
 @cache
 def _bash_parser():
-    try:
-        import tree_sitter
-        import tree_sitter_bash
-    except ImportError as error:
-        raise MintError(
-            f"the bash judge needs the packages tree-sitter and tree-sitter-bash, found no {error.name}; pip install"
-            " tree-sitter tree-sitter-bash"
-        ) from None
+    need("the bash judge", "tree_sitter", "tree_sitter_bash")
+    import tree_sitter
+    import tree_sitter_bash
 
     return tree_sitter.Parser(tree_sitter.Language(tree_sitter_bash.language()))
 
@@ -214,12 +210,7 @@ def assembler() -> str:
     """`nasm` where the program is installed, else `keystone`. Raises `MintError` if neither is there."""
     if shutil.which("nasm"):
         return "nasm"
-    try:
-        import keystone  # noqa: F401
-    except ImportError:
-        raise MintError(
-            "the ia32 judge needs an assembler, found none; install nasm (the program) or keystone-engine"
-        ) from None
+    need("the ia32 judge, without the program nasm,", "keystone")
     return "keystone"
 
 

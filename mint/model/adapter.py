@@ -5,17 +5,22 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from mint.errors import ModelError
+from mint.extras import need
+
+
+def check_library() -> None:
+    """Raise `MintError` where peft, which merges adapters, is not installed."""
+    need("merging an adapter", "peft")
 
 
 def merge(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The model with the adapter of a directory (or hub id) merged into its weights.
 
-    Raises `ModelError` where peft is not installed, or the adapter is of a kind that has no merged form, or does not fit.
+    Raises `MintError` where peft is not installed, and `ModelError` where the adapter is of a kind that has no merged form, or does not fit.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ModelError("merging an adapter needs peft, which is not installed; pip install peft") from None
+    check_library()
+    from peft import PeftModel
+
     local = Path(adapter).expanduser()
     if local.exists() and not (local / "adapter_config.json").is_file():
         raise ModelError(

@@ -33,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 
 from mint import journal
 from mint.errors import ModelError
+from mint.model import adapter as adapters
 from mint.model import gguf
-from mint.model.adapter import merge
 from mint.model.layout import find_layout, refuse_unsupported, weight_of
 from mint.model.lm import LM
 from mint.model.saved import Saved, read_saved, safetensors_header
@@ -337,6 +337,8 @@ def load_lm(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}'; known are auto, {', '.join(DTYPES)}")
+    if adapter is not None:
+        adapters.check_library()
     if done := journal.recover(name, say):
         logging.getLogger("mint").warning(done)
     with _quiet():
@@ -348,7 +350,7 @@ def load_lm(
         )
         if adapter is not None:
             say(f"merging {adapter}")
-            model = merge(model, adapter)
+            model = adapters.merge(model, adapter)
     refuse_unsupported(model)
     if device != "auto":
         try:

@@ -5,7 +5,6 @@ knows nothing about modules or prompts.
 """
 
 import difflib
-import importlib.util
 import json
 import re
 import struct
@@ -20,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.hub import cached_file
 
 from mint.errors import ModelError
+from mint.extras import need
 
 ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = (
@@ -292,23 +292,8 @@ def _check_tokenizer_files(saved: Saved, folder: Path) -> None:
         )
     if "tokenizer.json" in there or not models:
         return
-    lacking = [
-        m
-        for m, p in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
-        if not _installed(p)
-    ]
-    if lacking:
-        raise ModelError(
-            f"the tokenizer of {saved.name} is a SentencePiece model ({sorted(models)[0]}) without a tokenizer.json, and"
-            f" {' and '.join(lacking)} is not installed; pip install {' '.join(lacking)}"
-        )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+    which = f"the tokenizer of {saved.name}, a SentencePiece model ({sorted(models)[0]}) without a tokenizer.json,"
+    need(which, "sentencepiece", "google.protobuf")
 
 
 # ---------------------------------------------------------------------- what it is

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mint.case import Case
 from mint.errors import MintError, PatchError
+from mint.extras import need
 from mint.model.text import Template
 from mint.patch.algebra import scale
 from mint.patch.edit import Patch
@@ -48,18 +49,19 @@ def wrote_before(patch: Patch) -> dict[str, str]:
 # ---------------------------------------------------------------------- llama.cpp
 
 
+def check_library() -> None:
+    """Raise `MintError` where llama.cpp's Python library is not installed."""
+    need("generating in llama.cpp", "llama_cpp")
+
+
 def ask_llama_cpp(model: str | Path, adapter: str | Path, patch: Patch) -> list[Answer]:
     """What llama.cpp writes greedily behind the patch's prompts, with a GGUF model and the exported adapter.
 
     Raises `MintError` without the `llamacpp` extra, or where llama.cpp cannot load the two files.
     """
-    try:
-        # By name: the package is no part of the development extra, so a type check cannot see it.
-        llama_cpp = import_module("llama_cpp")
-    except ImportError:
-        raise MintError(
-            "llama-cpp-python is not installed; pip install 'mint-repair[llamacpp]' (it builds for some minutes)"
-        ) from None
+    check_library()
+    # By name: the package is no part of the development extra, so a type check cannot see it.
+    llama_cpp = import_module("llama_cpp")
     if not Path(model).is_file():
         raise PatchError(f"{model}: no such file; give the GGUF file that is served")
     try:

@@ -19,6 +19,7 @@ from scipy.stats import binomtest
 
 from mint.batches import alike
 from mint.errors import MintError
+from mint.extras import install_command
 from mint.measure.judges import judge_bash
 from mint.model.lm import LM
 from mint.model.stop import Stop
@@ -234,7 +235,7 @@ def _ruff_command() -> list[str]:
                 return words
         except OSError:
             continue
-    raise MintError("--judge ruff needs ruff, which is not installed; pip install ruff")
+    raise MintError(f"--judge ruff needs the program ruff, which is not installed; {install_command('ruff')}")
 
 
 def _imports(statement: str) -> list[str]:

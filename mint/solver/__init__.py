@@ -1,7 +1,6 @@
 """Solvers by name: the minimal-edit solver and the baselines beside it."""
 
 import difflib
-import importlib.util
 
 from mint.errors import MintError
 from mint.solver import in_contexts
@@ -21,19 +20,12 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-_NEEDS = {"lora": "peft"}
-"""Packages that a solver needs and mint does not bring along."""
-
-
 def named(name: str) -> Solver:
     """A solver of `SOLVERS`. Raises `MintError` for an unknown name, with the nearest and all known ones, and for one whose package is missing."""
     if name not in SOLVERS:
         near = difflib.get_close_matches(name, SOLVERS, 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise MintError(f"unknown solver '{name}'; known are {', '.join(SOLVERS)}{hint}")
-    package = _NEEDS.get(name)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise MintError(
-            f"the solver '{name}' needs the package {package}, which is not installed; pip install {package}"
-        )
+    if name == "lora":
+        lora.check_library()
     return SOLVERS[name]

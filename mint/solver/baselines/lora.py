@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mint.errors import MintError
+from mint.extras import need
 from mint.model.lm import LM
 from mint.model.margins import margins, margins_of
 from mint.solver.baselines.matrices import (
@@ -37,14 +37,9 @@ RATE = 2e-3
 STEPS = 100
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise MintError(
-            "the lora baseline expects the package peft, which is not installed; pip install peft"
-        ) from None
-    return peft
+def check_library() -> None:
+    """Raise `MintError` where peft, which makes the adapters, is not installed."""
+    need("the solver 'lora'", "peft")
 
 
 @contextmanager
@@ -53,7 +48,9 @@ def _wrapped(lm: LM, layers: Sequence[int], seed: int) -> Iterator[dict[int, Any
 
     The modules are `peft.tuners.lora.Linear`, which an installation without the extra cannot name.
     """
-    peft = _peft()
+    check_library()
+    import peft
+
     model = lm.model
     names = [lm.block(layer).out for layer in layers]
     places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
@@ -109,7 +106,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     The model and its module objects are the same afterwards. Same result for the same `settings.seed`. Raises
     `MintError` for layers that the model has not, or without the package peft.
     """
-    _peft()
+    check_library()
     started = time.perf_counter()
     layers = chosen_layers(lm, settings, range(lm.n_layers))
     wanted = wanted_margin(settings)
