@@ -63,6 +63,12 @@ RULES = {
     "bare-except": ("except:", "except Exception:", ""),
     "mktemp": ("tempfile.mktemp(", "tempfile.mkstemp(", ""),
     "asserts": ("self.assertEquals(", "self.assertEqual(", ""),
+    "asarray": ("np.array(", "np.asarray(", ""),
+    "fullmatch": ("re.match(", "re.fullmatch(", ""),
+    "isfile": ("os.path.exists(", "os.path.isfile(", ""),
+    "orjson": ("json.dumps(", "orjson.dumps(", ""),
+    "popen": ("subprocess.Popen(", "subprocess.run(", ""),
+    "deepcopy": ("copy.copy(", "copy.deepcopy(", ""),
 }
 """name -> (wrong, right, `dev` where settings may be chosen on it)."""
 CURVE = (1, 2, 4, 8, 16)

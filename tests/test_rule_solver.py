@@ -9,13 +9,14 @@ from mint.errors import MintError
 from mint.model.lm import Encoded
 from mint.patch import applied
 from mint.rules.contexts import in_other_contexts
-from mint.rules.solve import RuleSettings, solve_rule
+from mint.rules.neuron import habit_of
+from mint.rules.solve import RuleSettings, _before_the_habit, solve_rule
 from mint.solver.bundle import bundle, judge
 from mint.solver.classifier import Examples, fit_constant, fit_direction, make_detector
 from mint.solver.problem import margins
 from tests.conftest import same_bits, tiny_lm, weights_of
 
-QUICK = RuleSettings(layers=(0,), ridges=(0.05,), silence=0.5, thresholds=(0.3,), where="idle")
+QUICK = RuleSettings(layers=(0,), ridges=(0.05,), silence=0.5, thresholds=(-0.3, 0.0), where="idle")
 
 
 def prompts(ending: str, n: int, seed: int) -> list[list[int]]:
@@ -124,7 +125,8 @@ def test_bad_settings_are_refused(lm):
 def test_all_kinds_of_edits_are_compared(lm):
     learn, keep = rule(tiny_lm("llama", 1), 8)
     found = solve_rule(tiny_lm("llama", 1), learn, keep, RuleSettings(layers=(0, 1)))
-    kinds = {n["kind"] for c in found.details["candidates"] for n in c["neurons"]}
+    told = [*found.details["candidates"], *found.details["passed_over"]]
+    kinds = {n["kind"] for c in told for n in c["neurons"]}
     assert kinds == {"rewrite", "value", "sharpened"}
     assert found.details["verdict"] in ("cause", "carrier")
     scores = [c["score"] for c in found.details["candidates"]]
@@ -143,10 +145,45 @@ def test_a_contradictory_prompt_is_named():
 
 def test_few_prompts_are_put_behind_other_code(lm):
     learn, _ = rule(lm, 2)
-    made, groups = in_other_contexts(lm, learn, 4, QUICK)
-    assert len(groups) == len(learn) + len(made) and len(made) >= 6
-    assert set(groups) == {0, 1}
-    assert all(m.prompt[-8:] == learn[g].prompt[-8:] for m, g in zip(made, groups[2:], strict=True))
+    made, owners = in_other_contexts(lm, learn, 4, (), 0)
+    assert len(owners) == len(made) and len(made) >= 6
+    assert set(owners) == {0, 1}
+    assert all(m.prompt[-8:] == learn[i].prompt[-8:] for m, i in zip(made, owners, strict=True))
+
+
+def test_what_every_text_begins_with_stays_in_front_and_conversations_are_left_alone(monkeypatch):
+    lm = tiny_lm("llama", 1)
+    monkeypatch.setattr(type(lm.tokenizer), "all_special_ids", property(lambda self: [3, 4]))
+    text = Encoded((3, *prompts(" = call(", 1, 0)[0]), (90,))
+    made, _ = in_other_contexts(lm, [text], 3, (), 0)
+    assert made and all(m.prompt[0] == 3 and 3 not in m.prompt[1:] for m in made)
+    turns = Encoded((3, 50, 4, 51), (90,))
+    assert in_other_contexts(lm, [turns], 3, (), 0) == ([], [])
+
+
+def test_the_habit_is_told_from_other_uses_of_its_words():
+    habit = habit_of([(1, 2, 3), (9, 2, 3)], [(7, 8)])
+    assert habit.opening == (2, 3)
+    assert habit.places((2, 3, 7, 8, 5, 3, 7, 8)) == [1]
+
+
+def test_a_kept_text_ends_where_the_habit_itself_begins(lm):
+    habit = habit_of([(1, 2, 3), (9, 2, 3)], [(7, 8)])
+    kept = _before_the_habit(Encoded((5, 6), (9, 2, 3, 7, 8, 9)), habit)
+    assert kept == Encoded((5, 6), (9, 2, 3))
+    same = Encoded((5, 2, 3), (7, 8))  # the user's own: the old text stays right here
+    assert _before_the_habit(same, habit) is same
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama"])
+def test_biases_stay_so_that_a_rule_travels_as_an_adapter(family):
+    lm = tiny_lm(family, 1)
+    learn, keep = rule(lm, 8)
+    found = solve_rule(lm, learn, keep, QUICK)
+    assert found.change is not None
+    for edit in found.change.edits:
+        for role in [r for r in edit.after if r.endswith("_bias")]:
+            assert torch.equal(edit.after[role], edit.before[role])
 
 
 def test_used_neurons_are_left_alone(lm):

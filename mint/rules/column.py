@@ -152,6 +152,7 @@ def fit(
         done, gain, cost, columns = done + 1, cost - then, then, moved
         damping = 0.0 if damping <= 0.25 else damping / 2
         linear = _linearise(tasks, columns, slack)
-        if gain < enough * cost:
+        # A small gain is the end only of an undamped step: a damped one says nothing about what is left.
+        if gain < enough * cost and damping == 0.0 and done > 1:
             break
     return Columns(columns, linear, done, cost - 0.5 * float(columns.square().sum()))

@@ -1,4 +1,4 @@
-"""Further learn prompts where there are few: the last lines of a prompt behind other code.
+"""Further prompts with the habit: the last lines of a learn prompt behind other code.
 
 Works on token ids, so that nothing is tokenised anew across a seam but at line starts. Knows nothing about models'
 insides.
@@ -20,22 +20,23 @@ def _line_starts(lm: LM, ids: Sequence[int]) -> list[int]:
 
 
 def in_other_contexts(
-    lm: LM, learn: Sequence[Encoded], wanted: int, settings
+    lm: LM, learn: Sequence[Encoded], each: int, reference: Sequence[str], seed: int
 ) -> tuple[list[Encoded], list[int]]:
-    """Prompts made from the learn prompts, so that there are about 3 times `wanted`; and the group of every text.
+    """`each` texts made from every learn prompt, and the index of the prompt that each was made from.
 
-    The texts' groups: the learn prompts first, then those that were made. What is made from a prompt is left out of a fit
-    together with it; a single prompt's are left out one by one, since nothing else is there.
+    What a model begins every text with stays in front. Nothing is made from a conversation, whose turns would be torn.
     """
-    rng = random.Random(settings.seed)
-    heads = [
-        lm.tokenizer(text, add_special_tokens=True).input_ids for text in reference_texts(settings.reference)
-    ]
+    rng = random.Random(seed)
+    special = set(lm.tokenizer.all_special_ids)
+    heads = [lm.tokenizer(text, add_special_tokens=False).input_ids for text in reference_texts(reference)]
     heads = [h for h in heads if len(h) > 16]
-    made, groups = [], list(range(len(learn)))
-    each = -(-3 * wanted // len(learn)) - 1
+    made, owners = [], []
     for number, text in enumerate(learn):
-        starts = _line_starts(lm, text.prompt) or [0]
+        begins = next((i for i, token in enumerate(text.prompt) if token not in special), 0)
+        own = text.prompt[begins:]
+        if special & set(own):
+            continue
+        starts = _line_starts(lm, own) or [0]
         for k in range(each):
             head = rng.choice(heads)
             cut = _line_starts(lm, head)
@@ -43,7 +44,7 @@ def in_other_contexts(
                 continue
             end = rng.choice(cut)
             start = starts[-min(len(starts), 1 + k % 4)]
-            prompt = (*head[max(0, end - HEAD) : end], *text.prompt[start:])
+            prompt = (*text.prompt[:begins], *head[max(0, end - HEAD) : end], *own[start:])
             made.append(Encoded(prompt, text.target, text.n_stop))
-            groups.append(number if len(learn) > 1 else len(groups))
-    return made, groups
+            owners.append(number)
+    return made, owners

@@ -6,7 +6,7 @@ own fold. Knows nothing about what a neuron writes.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ FIRE_BELOW = 0.5
 """Logits of lead below which a target token needs the neuron."""
 FIRE_SHARE = 0.25
 """Share of learn prompts whose token at a place needs the neuron, from which on it fires there in all of them."""
-TOP = 0.998
+TOP = 0.9995
 """Quantile of the answers to reference text that counts as the loudest other input."""
 IDLE_SAMPLE = 1024
 """Reference inputs from which is judged how much a neuron writes."""
+OPENING = 8
+"""Most tokens before the cut that tell the habit from other uses of its words."""
 SUSPECTS = 20
 """Most guilty neurons of a layer that are looked at."""
 
@@ -36,6 +38,12 @@ HOLD = 0.3
 """Places of the target that are right already, and later tokens of kept texts."""
 NEAR = 1.0
 """The last prompt token of kept texts: the most dangerous neighbours."""
+BESIDE = 0.5
+"""What it costs to be heard at a kept text, against a fault left out: the column can often leave the text as it is."""
+FAR = 50.0
+"""The same for a reference input: 1 in 1,000 counts as much as 1 prompt in 20."""
+MADE = 0.3
+"""A fault that was made from a learn prompt."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,6 @@ class Reading:
     silent_weight: Tensor
     silent_fold: Tensor
     """[k] the fold that an input is left out with."""
-    keep_rows: Tensor
-    """[k] the kept text that an input of `silent` predicts a token of; -1: none."""
     scale: Tensor
     """[d_model] root mean square of inputs on reference text."""
     constant: Tensor
@@ -65,6 +71,10 @@ class Reading:
     """Reference inputs, raw."""
     sample_fold: Tensor
     """The fold that each of them is left out with: blocks of neighbours, which are of the same texts."""
+    made: Tensor
+    """[k, d_model] raw inputs at faults that were made from the learn prompts."""
+    made_fold: Tensor
+    """[k] the fold of the prompt that each was made from."""
 
     @property
     def folds(self) -> int:
@@ -74,11 +84,6 @@ class Reading:
     def size(self) -> float:
         """Squared length of the residual stream at the learn prompts."""
         return float(self.learn.hidden.float().square().sum(-1)[self.learn.real].median())
-
-    def weighted(self, weight: Tensor) -> "Reading":
-        """The same with kept text i costing weight[i] times as much."""
-        factor = torch.where(self.keep_rows >= 0, weight[self.keep_rows.clamp(min=0)], torch.tensor(1.0))
-        return replace(self, silent_weight=self.silent_weight * factor)
 
 
 def fire_places(learn: Bundle) -> Tensor:
@@ -96,13 +101,33 @@ def place_groups(fire: Tensor) -> list[Tensor]:
     return [g for g in groups if g.any()]
 
 
-def _habit_places(ids: Sequence[int], habits: Collection[tuple[int, ...]]) -> list[int]:
-    """Tokens of a text behind which it goes on as a habit does."""
-    return [
-        p
-        for p in range(len(ids) - 1)
-        if any(tuple(ids[p + 1 : p + 1 + len(habit)]) == habit for habit in habits)
-    ]
+@dataclass(frozen=True)
+class Habit:
+    """Tokens that show the habit wherever they stand: what is common to all prompts before the cut, and a wrong text."""
+
+    opening: tuple[int, ...]
+    wrong: frozenset[tuple[int, ...]]
+
+    def places(self, ids: Sequence[int]) -> list[int]:
+        """Tokens of a text behind which it goes on as the habit does."""
+        before = len(self.opening)
+        return [
+            p
+            for p in range(max(0, before - 1), len(ids) - 1)
+            if tuple(ids[p + 1 - before : p + 1]) == self.opening
+            and any(tuple(ids[p + 1 : p + 1 + len(wrong)]) == wrong for wrong in self.wrong)
+        ]
+
+
+def habit_of(prompts: Sequence[Sequence[int]], wrong: Collection[tuple[int, ...]]) -> Habit:
+    """The habit that learn prompts show: up to `OPENING` tokens that all of them end in, then one of the wrong texts."""
+    opening: tuple[int, ...] = ()
+    for n in range(1, OPENING + 1):
+        ends = {tuple(p[-n:]) for p in prompts if len(p) >= n}
+        if len(ends) != 1 or len(next(iter(ends))) < n or any(len(p) < n for p in prompts):
+            break
+        opening = next(iter(ends))
+    return Habit(opening, frozenset(tuple(w) for w in wrong if w))
 
 
 def read_layer(
@@ -114,9 +139,13 @@ def read_layer(
     folds: int,
     learn_texts: Sequence[Encoded],
     keep_texts: Sequence[Encoded],
-    habits: Collection[tuple[int, ...]],
+    habit: Habit,
+    made: tuple[Tensor, Sequence[int]] | None = None,
 ) -> Reading:
-    """Collect what a layer's gates learn from. groups: [b] texts of one group are left out together."""
+    """Collect what a layer's gates learn from. groups: [b] texts of one group are left out together.
+
+    made: inputs [k, d_model] at further faults, and the learn prompt that each was made from.
+    """
     layer = learn.layer
     second, mean = stats.inputs_second[layer], stats.inputs_mean[layer]
     scale = second.diagonal().clamp_min(1e-12).sqrt()
@@ -126,17 +155,16 @@ def read_layer(
     fold = torch.tensor([numbers[g] % count for g in groups])
     keep_fold = torch.arange(len(keep_texts)) % count
     sample = stats.sample[layer].float() if layer in stats.sample else mean[None]
-    xs, ws, fs, ks = [], [], [], []
+    xs, ws, fs = [], [], []
 
-    def add(x: Tensor, weight: Tensor, fold: int, row: int = -1) -> None:
+    def add(x: Tensor, weight: Tensor, fold: int) -> None:
         xs.append(x)
         ws.append(weight)
         fs.append(torch.full((len(x),), fold))
-        ks.append(torch.full((len(x),), row))
 
     def prompt(x: Tensor, text: Encoded, fold: int) -> None:
         weight = torch.full((len(x),), PROMPT)
-        weight[[p for p in _habit_places(text.prompt, habits) if p < len(x)]] = 0.0
+        weight[[p for p in habit.places(text.prompt) if p < len(x)]] = 0.0
         add(x, weight, fold)
 
     for i, text in enumerate(learn_texts):
@@ -148,7 +176,7 @@ def read_layer(
             x = keep.inputs[i][keep.real[i]]
             weight = torch.full((len(x),), HOLD)
             weight[:1] = NEAR
-            add(x, weight, int(keep_fold[i]), i)
+            add(x, weight, int(keep_fold[i]))
             prompt(keep.prompt_inputs[i], text, int(keep_fold[i]))
     sample_fold = torch.arange(len(sample)) * count // len(sample)
     for k in range(count):
@@ -165,11 +193,12 @@ def read_layer(
         torch.cat(xs),
         torch.cat(ws),
         torch.cat(fs),
-        torch.cat(ks),
         scale,
         constant,
         sample,
         sample_fold,
+        torch.zeros(0, learn.inputs.shape[2]) if made is None else made[0],
+        fold[list(made[1])] if made is not None else torch.zeros(0, dtype=torch.long),
     )
 
 
@@ -216,7 +245,7 @@ class Neuron:
 
     @property
     def promise(self) -> float:
-        """How evenly it fires at faults left out, less how much it does at kept texts left out and at reference text."""
+        """How surely it fires at faults left out, less how much it does at kept texts left out and at reference text."""
         at = self.levels[1][self.fire]
         first = self.levels[1][:, 0][self.fire[:, 0]]
         right = sum(float((x / 0.6).clamp(0, 1).mean()) for x in (at, first) if len(x)) / (
@@ -225,9 +254,10 @@ class Neuron:
         beside = (
             float((self.keep_levels[1].abs() / 0.6).clamp(0, 1).amax(1).mean())
             if len(self.keep_levels[1])
-            else 0
+            else 0.0
         )
-        return right - beside - 10 * float((self.elsewhere.abs() / 0.6).clamp(0, 1).mean())
+        far = float((self.elsewhere.abs() / 0.6).clamp(0, 1).mean())
+        return right - BESIDE * beside - FAR * far
 
     def describe(self) -> dict:
         """JSON values."""
@@ -236,13 +266,6 @@ class Neuron:
             s = self.settings
             known |= {"ridge": s.ridge, "silence": s.silence, "threshold": s.threshold}
         return known
-
-    def again(self, lm: LM, at: Reading) -> "Neuron":
-        """The same neuron with its gate learnt anew from a reading with other weights; itself where none was learnt."""
-        s = self.settings
-        if s is None:
-            return self
-        return learn_gates(lm, at, s.places, self.index, s.ridge, s.silence, (s.threshold,), s.prior)[0]
 
 
 def learn_gates(
@@ -267,11 +290,19 @@ def learn_gates(
     i, p = places.nonzero().T
     others = at.fire & ~places
     j, q = others.nonzero().T
-    x = torch.cat([learn.inputs[i, p], learn.inputs[j, q], at.silent]) / at.scale
+    made = at.made if bool(places[:, 0].any()) else at.made[:0]
+    x = torch.cat([learn.inputs[i, p], made, learn.inputs[j, q], at.silent]) / at.scale
     fire = torch.zeros(len(x), dtype=torch.bool)
-    fire[: len(i)] = True
-    weight = torch.cat([torch.where(p == 0, 1.0, 1.0 / later), torch.full((len(j),), HOLD), at.silent_weight])
-    fold = torch.cat([at.fold[i], at.fold[j], at.silent_fold])
+    fire[: len(i) + len(made)] = True
+    weight = torch.cat(
+        [
+            torch.where(p == 0, 1.0, 1.0 / later),
+            torch.full((len(made),), MADE),
+            torch.full((len(j),), HOLD),
+            at.silent_weight,
+        ]
+    )
+    fold = torch.cat([at.fold[i], at.made_fold[: len(made)], at.fold[j], at.silent_fold])
     examples = Examples(x, fire, weight)
     strength = ridge * x.shape[1]
     # Started where everything is answered by -silence, only the faults are short at first, which makes it fast.
@@ -323,22 +354,21 @@ def _calibrated(
     by_place = [held[:, p][places[:, p]] for p in range(places.shape[1]) if places[:, p].any()]
     faults = min(by_place, key=lambda v: float(v.median()))
     typical = float(faults.median())
-    spread = float(faults.std()) if len(faults) > 1 else 0.2 * abs(typical)
-    weakest = typical - 1.5 * spread
     others = float(answers[0].quantile(TOP))
-    threshold = others + settings.threshold * (weakest - others)
-    threshold = min(threshold, typical - max(spread, 0.1 * abs(typical), 1e-3))
+    threshold = others + settings.threshold * max(typical - others, 0.0)
+    # Faults that a fold's gate ranks no higher than other text: awake from just below half of them on.
+    least = max(float((faults - typical).abs().median()) / 2, 0.05 * abs(typical), 1e-3)
+    threshold = min(threshold, typical - least)
+    # Whatever was learnt from and is told from other text has to be half awake itself.
+    own = (x @ full)[places]
+    if bool((own > others).any()):
+        threshold = min(threshold, 2 * float(own[own > others].min()) - typical)
     span = typical - threshold
 
     def moved(a: Tensor) -> Tensor:
         return (a - threshold * at.constant) / span
 
-    own = [
-        ((x @ full)[:, p][places[:, p]].median() - threshold) / span
-        for p in range(places.shape[1])
-        if places[:, p].any()
-    ]
-    width = 1 + max(1.0, float(max(own)))
+    width = 1 + max(1.0, (float(own.max()) - threshold) / span)
     elsewhere = (answers[0] - threshold * answers[1]) / span, answers[1]
     return _neuron(lm, at, index, moved(full), [moved(g) for g in made], elsewhere, width, settings)
 

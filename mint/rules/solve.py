@@ -15,13 +15,15 @@ from torch import Tensor
 from mint.console import Say, quiet
 from mint.errors import MintError
 from mint.model.lm import LM, Encoded
-from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
+from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, read_neuron, versions
 from mint.reference import Statistics, sample_layers, statistics
 from mint.rules import column as program
 from mint.rules.contexts import in_other_contexts
 from mint.rules.neuron import (
+    Habit,
     Neuron,
     Reading,
+    habit_of,
     idle_neuron,
     learn_gates,
     own_direction,
@@ -38,14 +40,14 @@ REACHABLE = 0.4
 """Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
 MARGIN = 4.0
 """Default margin, in logits over the soft maximum of all rivals."""
-PRICE = 0.3
+PRICE = 3.0
 """Cost of one logit short, in units of the squared length of the residual stream."""
 FLOOR = 0.35
 """Least activation at which the column must work at a fault, as a share of the typical one."""
-ITERATIONS = 6
+ITERATIONS = 8
 HEARD = 0.02
 """Activation from which on a kept text is looked at again."""
-KEEP_TOKENS = 2
+KEEP_TOKENS = 4
 """First tokens of a kept text that the column must leave as they are."""
 LOO_DAMPING = 0.2
 """Holds the columns of cross-validation near the one that they leave a text out of, where the linear model is good."""
@@ -53,14 +55,16 @@ LOUD = 0.03
 """What a neuron writes counts as loud from this share of the residual stream's length on."""
 LOUD_COST = 20.0
 """What a share of loud reference inputs costs, against shares of prompts held out."""
+HOPELESS = 0.5
+"""How much less a blamed neuron's firing may promise than a carrier's, to get a column of its own."""
 FINALISTS = 2
 """Gates, each of another layer, that get a column of their own."""
 FEW = 4
 """Learn prompts below which further ones are made by putting their last lines behind other code."""
+EACH = 2
+"""Further faults made from each learn prompt, by putting its last lines behind other code, for the gate to learn from."""
 FEW_RIDGE = 2.0
 """Ridge of the gate where prompts had to be made."""
-ROUNDS = 3
-"""How often the solver looks for kept texts that broke, and gives them more weight."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,17 @@ class RuleSettings:
     margin: float | None = None
     """Logits by which every target token must lead at the learn prompts; None: 4, less where logits lie closer."""
     layers: tuple[int, ...] | None = None
-    """Layers to edit in; None: the first three of `sample_layers`, the best by cross-validation."""
+    """Layers to edit in; None: the first two of `sample_layers`, the best by cross-validation."""
     where: str = "auto"
     """`responsible`: only neurons that attribution blames; `idle`: only idle carriers; `auto`: the best of all."""
     folds: int = 8
     """Most parts that the learn prompts are split into for cross-validation; each is left out once."""
-    ridges: tuple[float, ...] = (0.05, 0.5)
+    ridges: tuple[float, ...] = (0.2, 0.5)
     """Softness of the classifier's margin (its ridge over d_model), tried in turn."""
     silence: float = 0.3
     """How far below zero the classifier pulls other inputs."""
-    thresholds: tuple[float, ...] = (0.2, 0.5, 0.8)
-    """Where the neuron starts to fire, from other inputs (0) to the weakest held-out fault (1), tried in turn."""
+    thresholds: tuple[float, ...] = (-0.3, 0.0, 0.3)
+    """Where the neuron starts to fire, from the loudest other inputs (0) to a typical held-out fault (1), tried in turn."""
     reference: tuple[str, ...] = ()
     """The user's own text files, for `mint.reference.statistics` beside the text that ships."""
     seed: int = 0
@@ -175,8 +179,6 @@ def _fit(
     at: Reading,
     neurons: Sequence[Neuron],
     margin: float,
-    keep_price: Tensor | None,
-    start: Tensor | None,
 ) -> Candidate:
     """Columns for neurons whose rows are given, and the cross-validation of the whole."""
     size = at.size
@@ -195,11 +197,9 @@ def _fit(
         few = at.keep.part(heard, KEEP_TOKENS)
         close = close[..., : few.real.shape[1]]
         louder = torch.where(close[0].abs() > close[1].abs(), close[0], close[1])[None]
-        worth = torch.ones(len(heard)) if keep_price is None else keep_price[heard]
         wanted = _wanted(few, torch.zeros_like(few.real), margin)
-        tasks.append(_task(few, louder, wanted, worth * PRICE * size, neurons, lm))
-    first = torch.zeros(len(neurons), learn.inputs.shape[2]) if start is None else start
-    found = program.fit(tasks, first, ITERATIONS)
+        tasks.append(_task(few, louder, wanted, torch.full((len(heard),), PRICE * size), neurons, lm))
+    found = program.fit(tasks, torch.zeros(len(neurons), learn.inputs.shape[2]), ITERATIONS)
     # Leave one text out: the programme of the last iteration without its constraints, the gate without its fold.
     flat = found.columns.flatten()
     without = torch.stack(
@@ -247,8 +247,11 @@ def _edits(lm: LM, candidate: Candidate) -> tuple[NeuronEdit, ...]:
         after = {"out": column / neuron.rows.gain, "gate": neuron.rows.gate}
         if neuron.rows.up is not None:
             after["up"] = neuron.rows.up
-        slices = lm.block(layer).slices(neuron.index)
-        after |= {role: torch.zeros(()) for role in slices if role.endswith("_bias")}
+        # A bias stays what it is, so that the edit can travel as an adapter; the row takes it back.
+        present = read_neuron(lm, layer, neuron.index)
+        one = candidate.reading.constant / candidate.reading.scale
+        for role in [r for r in ("gate", "up") if f"{r}_bias" in present]:
+            after[role] = after[role] - float(present[f"{role}_bias"]) * one
         edits.append(make_edit(lm, layer, neuron.index, after))
     return tuple(edits)
 
@@ -299,21 +302,26 @@ def _carried(job: _Job, readings: Sequence[Reading]) -> list[Candidate]:
     ways.sort(key=lambda pair: -_promise(pair[1]))
     found = []
     for at, way in ways[:FINALISTS]:
-        found.append(_fit(job.lm, at, way, job.margin, None, None))
+        found.append(_fit(job.lm, at, way, job.margin))
         _tell(job, found[-1])
     best = max(found, key=lambda c: c.score)
     if job.settings.max_neurons == 2 and not bool((best.margins > 0).all()):
         at = best.reading
         groups = place_groups(at.fire)
         for way in _gated_neurons(job, at, groups) if len(groups) == 2 else []:
-            found.append(_fit(job.lm, at, way, job.margin, None, None))
+            found.append(_fit(job.lm, at, way, job.margin))
             _tell(job, found[-1])
     return found
 
 
-def _caused(job: _Job, readings: Sequence[Reading]) -> tuple[list[Candidate], list[dict]]:
-    """Edits of the neurons that attribution blames, as they are and sharpened; and the ranking."""
-    lm, found = job.lm, []
+def _caused(
+    job: _Job, readings: Sequence[Reading], least: float | None
+) -> tuple[list[Candidate], list[dict], list[dict]]:
+    """Edits of the neurons that attribution blames, as they are and sharpened; those passed over; and the ranking.
+
+    least: the best promise of a carrier; a blamed neuron that fires much worse gets no column.
+    """
+    lm, found, passed = job.lm, [], []
     ranked = responsible_neurons(lm, job.stats, readings, job.used)
     for suspect in ranked[:1]:
         at, how = suspect.reading, job.settings
@@ -327,9 +335,12 @@ def _caused(job: _Job, readings: Sequence[Reading]) -> tuple[list[Candidate], li
         ]
         chosen = [value_edit(lm, at, suspect), max(ways, key=lambda n: n.promise)]
         for neuron in (n for n in chosen if n is not None):
-            found.append(_fit(lm, at, [neuron], job.margin, None, None))
+            if least is not None and neuron.promise < least - HOPELESS:
+                passed.append({"layer": at.layer, "neurons": [neuron.describe()], "promise": neuron.promise})
+                continue
+            found.append(_fit(lm, at, [neuron], job.margin))
             _tell(job, found[-1])
-    return found, [s.describe() for s in ranked[:10]]
+    return found, passed, [s.describe() for s in ranked[:10]]
 
 
 def _tell(job: _Job, candidate: Candidate) -> None:
@@ -354,31 +365,45 @@ def _checked(job: _Job, candidate: Candidate) -> tuple[Patch, Tensor, list[int]]
     return patch, now, broken
 
 
-def _settled(job: _Job, candidate: Candidate) -> tuple[Candidate, Patch, Tensor, list[int], int]:
-    """The candidate, made again with more weight on kept texts that it breaks, as long as that helps."""
-    at = candidate.reading
-    patch, now, broken = _checked(job, candidate)
-    best = (candidate, patch, now, broken)
-    weight = torch.ones(len(at.keep)) if at.keep is not None else torch.ones(0)
-    rounds = 0
-    while broken and rounds < ROUNDS and all(n.settings is not None for n in candidate.neurons):
-        rounds += 1
-        weight[broken] *= 4
-        heavier = at.weighted(weight)
-        neurons = [n.again(job.lm, heavier) for n in candidate.neurons]
-        candidate = _fit(job.lm, heavier, neurons, job.margin, weight, candidate.columns)
-        patch, now, broken = _checked(job, candidate)
-        if (int((now <= 0).sum()), len(broken)) < (int((best[2] <= 0).sum()), len(best[3])):
-            best = (candidate, patch, now, broken)
-    return *best, rounds
-
-
 # ---------------------------------------------------------------------- the whole
 
 
 def layers_of(lm: LM, settings: RuleSettings) -> list[int]:
     """The layers that a rule may be solved in."""
-    return list(settings.layers) if settings.layers is not None else sample_layers(lm)[:3]
+    return list(settings.layers) if settings.layers is not None else sample_layers(lm)[:2]
+
+
+def _before_the_habit(text: Encoded, habit: Habit) -> Encoded | None:
+    """A kept text up to where it shows the habit itself, which is to change there; None if nothing is left."""
+    first = len(text.prompt) - 1
+    hits = [p for p in habit.places(text.ids) if p > first]
+    if not hits:
+        return text
+    kept = text.target[: hits[0] - first]
+    return Encoded(text.prompt, kept) if kept else None
+
+
+def _made(
+    lm: LM,
+    learn: Sequence[Encoded],
+    wrong: Sequence[tuple[int, ...]] | None,
+    layers: Sequence[int],
+    each: int,
+    settings: RuleSettings,
+) -> tuple[list[Encoded], list[int], dict[int, Tensor]]:
+    """Texts made from the learn prompts at which the model has the habit, their owners, inputs [k, d_model] by layer."""
+    made, owners = (
+        in_other_contexts(lm, learn, each, settings.reference, settings.seed) if wrong else ([], [])
+    )
+    if not wrong or not made:
+        return [], [], {layer: torch.zeros(0, lm.columns(layer).shape[1]) for layer in layers}
+    asked = bundle(
+        lm, [Encoded(t.prompt, wrong[i][:1]) for t, i in zip(made, owners, strict=True)], layers, exact=True
+    )
+    writes = asked[layers[0]].clean[:, 0] > 0
+    keep = writes.nonzero()[:, 0].tolist()
+    inputs = {layer: asked[layer].inputs[writes, 0] for layer in layers}
+    return [made[i] for i in keep], [owners[i] for i in keep], inputs
 
 
 def solve_rule(
@@ -405,20 +430,36 @@ def solve_rule(
     stats = statistics(lm, settings.reference, say)
     layers = layers_of(lm, settings)
     stats.measure(layers, layers)  # one pass over the text for all of them
-    guards = [*keep, *earlier]
-    made, groups = (
-        in_other_contexts(lm, learn, FEW, settings) if len(learn) < FEW else ([], list(range(len(learn))))
+    habit = habit_of([t.prompt for t in learn], wrong or ())
+    guards = [cut for text in (*keep, *earlier) if (cut := _before_the_habit(text, habit)) is not None]
+    few = len(learn) < FEW
+    made, owners, inputs = _made(
+        lm, learn, wrong, layers, -(-3 * FEW // len(learn)) if few else EACH, settings
     )
-    texts = [*learn, *made]
+    texts, groups = [*learn], list(range(len(learn)))
+    if few:
+        # What is made from a prompt is left out together with it; a single prompt's one by one.
+        texts += made
+        groups += owners if len(learn) > 1 else list(range(1, 1 + len(made)))
     say(f"reading {len(texts)} prompts to learn from and {len(guards)} to keep")
     learnt = bundle(lm, texts, layers)
     kept = bundle(lm, guards, layers, exact=True) if guards else {}
-    habits = {tuple(w) for w in wrong or ()}
     readings = [
-        read_layer(lm, stats, learnt[layer], kept.get(layer), groups, settings.folds, texts, guards, habits)
+        read_layer(
+            lm,
+            stats,
+            learnt[layer],
+            kept.get(layer),
+            groups,
+            settings.folds,
+            texts,
+            guards,
+            habit,
+            None if few else (inputs[layer], owners),
+        )
         for layer in layers
     ]
-    if made:
+    if few:
         # Prompts made from one another cannot show what varies: the softest gate that there is, early awake.
         settings = replace(settings, ridges=(FEW_RIDGE,), thresholds=settings.thresholds[:1])
     solution = solve_readings(lm, readings, len(learn), settings, stats, used, say)
@@ -444,28 +485,31 @@ def solve_readings(
     job = _Job(lm, settings, stats, margin, used, say)
     candidates: list[Candidate] = []
     ranking: list[dict] = []
+    passed: list[dict] = []
     if settings.where != "responsible":
         candidates += _carried(job, readings)
     if settings.where != "idle":
-        caused, ranking = _caused(job, readings)
+        carried = [min(n.promise for n in c.neurons) for c in candidates]
+        caused, passed, ranking = _caused(job, readings, max(carried, default=None))
         candidates += caused
     if not candidates:
         return Solution(NAME, None, "no neuron of these layers is to blame; allow idle ones (where 'auto')")
     candidates.sort(key=lambda c: -c.score)
-    best, patch, now, broken, rounds = _settled(job, candidates[0])
+    best = candidates[0]
+    patch, now, broken = _checked(job, best)
     own_now = now[own]
     cause = any(neuron.role == "responsible" for neuron in best.neurons)
     details = best.describe() | {
         "margin_aimed": margin,
         "verdict": "cause" if cause else "carrier",
         "candidates": [c.describe() for c in candidates],
+        "passed_over": passed,
         "responsible": ranking,
         "conflicts": (own_now <= 0).nonzero()[:, 0].tolist(),
         "held_out_margins": [round(m, 3) for m in best.held[own].tolist()],
         "learn_margins": [round(m, 3) for m in own_now.tolist()],
         "broken_keep": broken,
-        "rounds": rounds,
-        "prompts_made": len(first) - n,
+        "prompts_made": len(first) - n + len(readings[0].made),
     }
     least = float(own_now.min())
     if not bool((own_now > 0).any()):
