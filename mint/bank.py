@@ -99,7 +99,7 @@ def add(
             if any(e.name == wanted for e in listed):
                 raise PatchError(f"{bank} has a patch '{wanted}' already; give another --name")
             if same := [e.name for e in listed if e.sha256 == patch_id(patch)]:
-                raise PatchError(f"{bank} holds this very patch already, as '{same[0]}'")
+                raise PatchError(f"{bank} holds this very patch already, as '{same[0]}'; leave it")
             before = list(patches(bank).values()) if listed else []
             patch, moves = _fitted(before, patch, lm, idle)
             entry = Entry(wanted, f"{wanted}.safetensors", patch_id(patch), len(promised(patch)), note)

@@ -66,7 +66,8 @@ def checked_text(value: object, key: str, where: str, *, empty: bool = False) ->
 def _keep(item: object, where: str) -> Keep:
     if isinstance(item, str):
         raise CaseError(
-            f"{where}: an entry of 'keep' is an object with prompt and optional target, found text"
+            f"{where}: an entry of 'keep' is an object with prompt and optional target, found text; write"
+            ' {"prompt": "..."}'
         )
     if not isinstance(item, dict):
         raise CaseError(f"{where}: an entry of 'keep' must be an object, found {type(item).__name__}")
@@ -89,7 +90,7 @@ def case_from_dict(record: object, where: str = "case") -> Case:
     target = _text(record, "target", where)
     rephrasings = record.get("rephrasings") or []
     if not isinstance(rephrasings, list) or not all(isinstance(r, str) and r for r in rephrasings):
-        raise CaseError(f"{where}: 'rephrasings' must be a list of non-empty texts")
+        raise CaseError(f"{where}: 'rephrasings' must be a list of non-empty texts; leave empty ones out")
     keep = record.get("keep") or []
     if not isinstance(keep, list):
         raise CaseError(f"{where}: 'keep' must be a list, found {type(keep).__name__}")

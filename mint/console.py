@@ -85,10 +85,10 @@ def table(
 
 
 def note(text: str, style: str = "") -> None:
-    """One line on stderr."""
+    """One line on stderr; only a terminal breaks it."""
     from rich.text import Text
 
-    stderr().print(Text(text, style=style))
+    stderr().print(Text(text, style=style), soft_wrap=True)
 
 
 @contextmanager

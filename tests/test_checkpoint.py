@@ -582,3 +582,17 @@ def test_a_crafted_journal_writes_nothing_elsewhere(tmp_path):
         body = json.dumps(entry).encode()
         (model / journal.JOURNAL).write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         unchanged(tmp_path, lambda: journal.recover(model), match="names files elsewhere")
+
+
+def test_a_model_saved_anew_keeps_its_other_files(tmp_path):
+    """A .bin is loaded and saved as safetensors; tokenizer and settings stay as they were, byte for byte."""
+    folder = saved(tmp_path / "m")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    patch = tmp_path / "fix.safetensors"
+    P.save(random_patch(load_lm(str(folder))), patch)
+    assert main(["apply", str(patch), "-m", str(folder), "--out", str(tmp_path / "fixed")]) == 0
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "fixed" / file).read_bytes() == (folder / file).read_bytes()
+    assert not (tmp_path / "fixed" / "pytorch_model.bin").exists()

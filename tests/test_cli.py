@@ -309,7 +309,7 @@ def test_missing_and_truncated_models(fault, capsys, tmp_path):
     byte_tokenizer().save_pretrained(tiny)
     data = (tiny / "model.safetensors").read_bytes()
     (tiny / "model.safetensors").write_bytes(data[: len(data) // 2])
-    fails(capsys, 1, "is the directory complete", "generate", "-m", "cut", "-p", "x")
+    fails(capsys, 1, "copy or download the file again", "generate", "-m", "cut", "-p", "x")
     Path("not.gguf").write_bytes(b"nonsense")
     fails(capsys, 1, "not a GGUF file", "generate", "-m", "not.gguf", "-p", "x")
     fails(capsys, 1, "none.gguf: no such file", "generate", "-m", "none.gguf", "-p", "x")

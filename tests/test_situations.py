@@ -4,6 +4,7 @@ Tiny models are built on the spot with the real libraries; nothing is downloaded
 """
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
@@ -639,24 +641,24 @@ def test_tokens_without_a_row_of_the_embedding(tmp_path):
 def test_chat_templates_that_refuse_or_have_a_mistake(lm):
     from mint.model.text import Template
 
-    lm.tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}x"
-    )
+    lm.tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}x{{ messages[0]['content'] }}"
     lm.template = Template("be brief")
     with pytest.raises(
         CaseError, match="the chat template of tiny-llama refuses this: No system role; leave out --system"
     ):
         lm.encode_prompt("a")
     lm.template = Template()
-    assert lm.decode(lm.encode_prompt("a")) == "x", "the advice works"
+    assert lm.decode(lm.encode_prompt("a")) == "xa", "the advice works"
     for text in (
         "{% for m in messages %}{{ m.content }",
         "{{ messages[3].content.split(1) }}",
         "{{ 1 / 0 }}",
+        "hello",
     ):
         lm.tokenizer.chat_template = text
         with pytest.raises(
-            CaseError, match="the chat template of tiny-llama (has a mistake|refuses).*leave out --chat"
+            CaseError,
+            match="the chat template of tiny-llama (has a mistake|refuses|leaves the prompt out).*leave out --chat",
         ):
             lm.encode_prompt("a")
 
@@ -739,6 +741,118 @@ def test_shards_are_all_there_and_whole(tmp_path):
     refused(folder, f"{shards[1].name} is cut off: {len(whole) // 2} of {len(whole)} bytes")
     shards[1].unlink()
     refused(folder, f"lacks 1 of {len(shards)} weight files .first: {shards[1].name}")
+
+
+def test_a_file_that_is_no_whole_file_is_named(tmp_path):
+    folder = saved(tmp_path / "m")
+    whole = (folder / "model.safetensors").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for data, match in (
+        (pointer, "model.safetensors is a git-lfs pointer, and not the file itself; run 'git lfs pull' in"),
+        (b"", "cannot be read as safetensors .it has 0 bytes.; copy or download the file again"),
+        (
+            whole + b"xx",
+            f"has {len(whole) + 2} bytes, and its tensors end after {len(whole)}; copy or download",
+        ),
+    ):
+        (folder / "model.safetensors").write_bytes(data)
+        refused(folder, match)
+    (folder / "model.safetensors").write_bytes(whole)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(pointer)
+    refused(folder, "tokenizer.json is a git-lfs pointer")
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert load_lm(str(folder)).n_layers == 3
+    pickled = (folder / "pytorch_model.bin").read_bytes()
+    for data in (pickled[: len(pickled) // 2], b"what?"):
+        (folder / "pytorch_model.bin").write_bytes(data)
+        refused(
+            folder, "pytorch_model.bin is no file of PyTorch, or is cut off; copy or download the file again"
+        )
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+    refused(folder, "model.safetensors is a link to nothing .nowhere.; download the model again")
+
+
+def test_a_config_that_does_not_belong_to_the_weights_takes_no_memory(tmp_path):
+    folder = saved(tmp_path / "m")
+    edit_json(folder / "config.json", hidden_size=4096, intermediate_size=11008)
+    refused(folder, "config.json of .* describes a model of [0-9,]{11,} weights, and its files hold")
+    edit_json(folder / "config.json", hidden_size="32")
+    refused(folder, "the config.json of .* cannot be used .*hidden_size.*mend it, or copy")
+    edit_json(folder / "config.json", hidden_size=32, intermediate_size=64, return_dict=False)
+    assert load_lm(str(folder)).n_layers == 3
+
+
+def test_names_that_are_no_model(tmp_path):
+    refused("", "the name of the model is empty")
+    refused("https://hub.example/some/model", "is an address; give the hub id .some/model.")
+    saved(tmp_path / "hub" / "snapshots" / "abc")
+    refused(tmp_path / "hub", "config.json is missing; give --model .*snapshots/abc")
+
+
+@pytest.mark.parametrize("kind", ["float8", "config", "float64"])
+def test_weights_in_a_format_that_no_patch_can_be_written_in_are_refused_and_the_advice_works(
+    tmp_path, kind, monkeypatch
+):
+    folder = saved(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    narrow = torch.float64 if kind == "float64" else torch.float8_e4m3fn
+    tensors = {k: v.to(narrow) if ".mlp." in k else v for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if kind == "config":
+        edit_json(folder / "config.json", dtype="float8_e4m3fn")
+    line = refused(folder, "holds its feed-forward weights as .*, in which no patch can be written exactly")
+    if kind == "config":
+        return  # what transformers cannot load, it cannot save
+    monkeypatch.chdir(tmp_path)
+    exec(shlex.split(line[line.index(": python ") + 9 :])[1], {})
+    copy = tmp_path / ("m-float32" if kind == "float64" else "m-bfloat16")
+    lm = load_lm(str(copy))
+    assert lm.dtype == (torch.float32 if kind == "float64" else torch.bfloat16) and lm.n_layers == 3
+
+
+def test_float8_elsewhere_does_not_matter(tmp_path):
+    folder = saved(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: v.to(torch.float8_e4m3fn) if "attn" in k else v for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load_lm(str(folder)).n_layers == 3
+
+
+def test_whole_numbers_as_weights_are_quantised(tmp_path):
+    folder = saved(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: v.to(torch.int8) if ".mlp." in k else v for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "is quantised .it holds model.layers.0.mlp.down_proj.weight.")
+
+
+def test_a_tokenizer_that_fails_at_every_text_is_refused(tmp_path):
+    folder = saved(tmp_path / "m")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    words.save(str(folder / "tokenizer.json"))
+    refused(folder, "the tokenizer of .* cannot be loaded .*copy the tokenizer files")
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path):
+    """peft fills what is missing with random numbers, and says nothing that a user would see."""
+    pytest.importorskip("peft")
+    folder, base = with_adapter(tmp_path / "m"), saved(tmp_path / "base")
+    weights = folder / "adapter_model.safetensors"
+    whole = load_file(weights)
+    save_file({k: v for k, v in whole.items() if "layers.1" not in k}, weights)
+    refused(
+        base, "lacks 4 weights that its adapter_config.json asks for .first: .*layers.1", adapter=str(folder)
+    )
+    save_file(whole, weights)
+    edit_json(folder / "adapter_config.json", target_modules=["q_proj"])
+    refused(base, "holds 6 weights that its adapter_config.json leaves out", adapter=str(folder))
+    weights.unlink()
+    refused(base, "holds no adapter_model.safetensors; copy", adapter=str(folder))
+    refused(base, "no such directory", adapter=str(tmp_path / "nowhere"))
 
 
 def test_a_wish_for_flash_attention_does_not_stop_a_cpu(tmp_path):

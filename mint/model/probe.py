@@ -7,7 +7,7 @@ import torch
 
 from mint.errors import CaseError, MintError, ModelError
 from mint.model.lm import LM
-from mint.model.saved import Saved, safetensors_header
+from mint.model.saved import Saved
 from mint.model.text import Template, check_read_back, dressed
 
 # Prompt and target of the kinds at which tokenizers differ: behind a line end, a blank, indentation, a point, a bracket.
@@ -58,19 +58,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _headers(saved: Saved) -> dict[str, dict]:
-    if saved.folder is None:
-        return {}
-    found: dict[str, dict] = {}
-    for file in saved.weights:
-        if file.endswith(".safetensors"):
-            found |= safetensors_header(saved.folder / file)[0]
-    return found
-
-
 def _tensors(lm: LM, saved: Saved) -> dict:
     """How many tensors the files hold and how many the model read; None where the files are not safetensors."""
-    headers = _headers(saved)
+    headers = saved.headers()
     return {
         "saved": len(headers) or None,
         "read": len(headers) - len(saved.unused) - len(saved.ignored) if headers else None,
@@ -82,7 +72,7 @@ def _tensors(lm: LM, saved: Saved) -> dict:
 
 def _dtypes(saved: Saved) -> dict[str, int]:
     """Numbers of saved tensors by dtype, as safetensors names them."""
-    return dict(Counter(t["dtype"] for t in _headers(saved).values()).most_common())
+    return dict(Counter(t["dtype"] for t in saved.headers().values()).most_common())
 
 
 def _tokenizer(lm: LM) -> dict:

@@ -8,7 +8,9 @@ import difflib
 import json
 import re
 import struct
+import zipfile
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -37,6 +39,19 @@ _WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+# How a file begins that git keeps elsewhere.
+_POINTER = b"version https://git-lfs"
+# Ends of saved names that only quantised weights have.
+_PACKED = (
+    ".qweight",
+    ".absmax",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".scales",
+    ".SCB",
+    "_blocks",
 )
 # Ends of class names that generate text token by token, left to right.
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "DoubleHeadsModel", "Model")
@@ -82,6 +97,23 @@ class Saved:
         """Whether the family has a text-only causal language model of its own."""
         return self.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    def headers(self) -> dict[str, dict]:
+        """The tensors that are read, as the headers of the safetensors files name and describe them."""
+        found: dict[str, dict] = {}
+        for file in self.weights:
+            if self.folder is not None and file.endswith(".safetensors"):
+                found |= safetensors_header(self.folder / file)[0]
+        return found
+
+    def size(self) -> int | None:
+        """How many weights the files hold, at most; None for a hub id."""
+        if self.folder is None:
+            return None
+        pickled = sum(
+            (self.folder / f).stat().st_size for f in self.weights if not f.endswith(".safetensors")
+        )
+        return pickled // 2 + sum(prod(t["shape"]) for t in self.headers().values())
+
 
 def read_saved(
     source: str, revision: str | None = None, adapter: bool = False, name: str | None = None
@@ -111,6 +143,12 @@ def read_saved(
 def _folder(name: str) -> Path | None:
     """The directory that `name` means; None where it can only be a hub id. Raises `ModelError` for a path that is none."""
     path = Path(name).expanduser()
+    if not name.strip():
+        raise ModelError("the name of the model is empty; give a directory, a .gguf file or a hub id")
+    if "://" in name:
+        raise ModelError(
+            f"{name} is an address; give the hub id ({'/'.join(name.split('/')[3:5])}), or a directory"
+        )
     if path.is_dir():
         return path
     if path.is_file():
@@ -140,15 +178,30 @@ def _nearest(path: Path) -> str:
 
 
 def _json(path: Path) -> dict:
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path} cannot be read as JSON ({' '.join(str(error).split())}); is the directory complete?"
+            f"{path} cannot be read as JSON ({' '.join(str(error).split())}); mend it, or copy it from the model again"
         ) from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object; is the directory complete?")
+        raise ModelError(f"{path} holds no JSON object; mend it, or copy it from the model again")
     return value
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `ModelError` for the few lines that git leaves in place of a large file."""
+    try:
+        with path.open("rb") as stream:
+            pointer = stream.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return
+    if pointer:
+        raise ModelError(
+            f"{path} is a git-lfs pointer, and not the file itself; run 'git lfs pull' in {path.parent}, or download the"
+            " model again"
+        )
 
 
 def _generation(read, config: dict) -> tuple[dict, list[str]]:
@@ -162,6 +215,11 @@ def _generation(read, config: dict) -> tuple[dict, list[str]]:
 
 def _read_folder(name: str, folder: Path) -> Saved:
     adapter = folder / ADAPTER
+    for file in ("config.json", *_WEIGHTS):
+        if (folder / file).is_symlink() and not (folder / file).exists():
+            raise ModelError(
+                f"{folder / file} is a link to nothing ({(folder / file).readlink()}); download the model again"
+            )
     if not (folder / "config.json").is_file():
         if adapter.is_file():
             base = _json(adapter).get("base_model_name_or_path") or "BASE"
@@ -172,7 +230,7 @@ def _read_folder(name: str, folder: Path) -> Saved:
         ggufs = sorted(folder.glob("*.gguf"))
         if ggufs:
             raise ModelError(f"{name} holds no config.json, but {ggufs[0].name}; give --model {ggufs[0]}")
-        inner = sorted(p.parent for p in folder.glob("*/config.json"))
+        inner = sorted(p.parent for at in ("*", "snapshots/*") for p in folder.glob(f"{at}/config.json"))
         hint = f"; give --model {inner[0]}" if inner else "; give the directory of a saved model"
         raise ModelError(f"{name} holds no model: config.json is missing{hint}")
     config = _json(folder / "config.json")
@@ -180,7 +238,9 @@ def _read_folder(name: str, folder: Path) -> Saved:
     settings, notes = _generation(lambda: _json(generation) if generation.is_file() else None, config)
     weights, unread = _weight_files(name, folder)
     if unread:
-        notes.append(f"read: {', '.join(_short(weights))}; not read: {', '.join(_short(unread))}")
+        notes.append(
+            f"read: {', '.join(_short(weights))}; not read: {', '.join(_short(unread))}, which a patch would have to change, too"
+        )
     beside = _json(adapter) if adapter.is_file() else None
     return Saved(name, folder, config, settings, beside, weights, unread, notes)
 
@@ -221,8 +281,11 @@ def _read_hub(name: str, revision: str | None) -> Saved:
 
 def safetensors_header(path: Path) -> tuple[dict, int]:
     """(header without metadata, offset of the data). Raises `ModelError` for a file that is none, or is cut off."""
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
+        if size < 8:
+            raise ValueError(f"it has {size} bytes")
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size:
@@ -232,10 +295,14 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
         wanted = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(
-            f"{path} cannot be read as safetensors ({' '.join(str(error).split())}); is the directory complete?"
+            f"{path} cannot be read as safetensors ({' '.join(str(error).split())}); copy or download the file again"
         ) from None
     if size < wanted:
-        raise ModelError(f"{path} is cut off: {size} of {wanted} bytes; is the directory complete?")
+        raise ModelError(f"{path} is cut off: {size} of {wanted} bytes; copy or download the file again")
+    if size > wanted:
+        raise ModelError(
+            f"{path} has {size} bytes, and its tensors end after {wanted}; copy or download the file again"
+        )
     return header, 8 + length
 
 
@@ -246,20 +313,53 @@ def _weight_files(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, 
         p.name
         for pattern in ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf")
         for p in folder.glob(pattern)
-        if not p.name.startswith("adapter_model")
+        if not (p.name.startswith("adapter_model") and (folder / ADAPTER).is_file())
     )
     if chosen is None:
         if there:
             hint = f"it holds {there[0]}, which transformers does not look for: rename it to model.safetensors, or restore the index"
             hint = f"give --model {folder / there[0]}" if there[0].endswith(".gguf") else hint
         else:
-            hint = "is the directory complete?"
+            other = sorted(
+                p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".onnx", ".ckpt", ".pt")
+            )
+            hint = f"it holds {other[0]}, which mint does not read: " if other else ""
+            hint += "copy the model's weight files into it"
         raise ModelError(f"{name} holds no weights (no {' or '.join(_WEIGHTS[:3:2])}); {hint}")
     read = (chosen,) if not chosen.endswith(".json") else _shards(folder, chosen)
     for shard in read:
         if shard.endswith(".safetensors"):
-            safetensors_header(folder / shard)
+            _refuse_packed(name, safetensors_header(folder / shard)[0])
+        else:
+            _check_pickle(folder / shard)
     return read, tuple(f for f in there if f not in read)
+
+
+def _refuse_packed(name: str, header: dict) -> None:
+    packed = next(
+        (
+            k
+            for k, t in header.items()
+            if k.endswith(_PACKED)
+            or (k.endswith(".weight") and len(t["shape"]) > 1 and t["dtype"].startswith(("I", "U")))
+        ),
+        None,
+    )
+    if packed is not None:
+        raise ModelError(
+            f"{name} is quantised (it holds {packed}); load the unquantised model, or a GGUF file, which mint dequantises"
+        )
+
+
+def _check_pickle(path: Path) -> None:
+    """Raise `ModelError` for a file of PyTorch that is none, or is cut off."""
+    refuse_pointer(path)
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    if start != b"\x80\x02" and not (
+        start == b"PK" and zipfile.is_zipfile(path)
+    ):  # before PyTorch 1.6, and since
+        raise ModelError(f"{path} is no file of PyTorch, or is cut off; copy or download the file again")
 
 
 def _shards(folder: Path, index: str) -> tuple[str, ...]:
@@ -267,7 +367,7 @@ def _shards(folder: Path, index: str) -> tuple[str, ...]:
     found = _json(folder / index)
     places = found.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise ModelError(f"{folder / index} has no 'weight_map'; is the directory complete?")
+        raise ModelError(f"{folder / index} has no 'weight_map'; copy or download the file again")
     if "metadata" not in found:
         raise ModelError(
             f"{folder / index} has no 'metadata' entry, which transformers needs; add \"metadata\": {{}} to it"
@@ -276,8 +376,8 @@ def _shards(folder: Path, index: str) -> tuple[str, ...]:
     missing = [s for s in shards if not (folder / s).is_file()]
     if missing:
         raise ModelError(
-            f"{folder} lacks {len(missing)} of {len(shards)} weight files (first: {missing[0]}); is the directory"
-            " complete?"
+            f"{folder} lacks {len(missing)} of {len(shards)} weight files (first: {missing[0]}); copy or download what is"
+            " missing"
         )
     return shards
 
@@ -290,6 +390,8 @@ def _check_tokenizer_files(saved: Saved, folder: Path) -> None:
             f"{saved.name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}); copy the tokenizer files of the"
             " model it was trained from into it"
         )
+    for file in there.intersection(_TOKENIZER_FILES):
+        refuse_pointer(folder / file)
     if "tokenizer.json" in there or not models:
         return
     which = f"the tokenizer of {saved.name}, a SentencePiece model ({sorted(models)[0]}) without a tokenizer.json,"
@@ -305,12 +407,13 @@ def _refuse_code(saved: Saved) -> None:
     if family in CONFIG_MAPPING:
         return
     if code:
-        files = sorted({str(v).split("--")[-1].split(".")[0] + ".py" for v in dict(code).values() if v})
+        known = code.values() if isinstance(code, dict) else [code]
+        files = sorted({str(v).split("--")[-1].split(".")[0] + ".py" for v in known if v})
         raise ModelError(
             f"{saved.name} needs Python code of its own ({', '.join(files)}), which mint never runs; use a version of it"
             " that transformers itself can load"
         )
-    if "model_type" not in saved.config:
+    if not isinstance(saved.config.get("model_type"), str):
         raise ModelError(
             f"the config.json of {saved.name} names no model_type; give the directory of a saved causal language model"
         )
@@ -345,11 +448,16 @@ def _refuse_family(saved: Saved) -> None:
             f"{name} is of the family '{saved.family}' ({what}), of which transformers has no causal language model; mint"
             " repairs decoder-only causal language models"
         )
-    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get(
-        "quantization_config"
-    )
-    if isinstance(quantised, dict):
-        method = quantised.get("quant_method") or "quantization_config"
+    places = [config, config.get("text_config")]
+    quantised = [
+        p[k]
+        for p in places
+        if isinstance(p, dict)
+        for k in ("quantization_config", "compression_config")
+        if isinstance(p.get(k), dict)
+    ]
+    if quantised:
+        method = quantised[0].get("quant_method") or "quantization_config"
         raise ModelError(
             f"{name} is quantised ({method}); load the unquantised model, or a GGUF file, which mint dequantises"
         )

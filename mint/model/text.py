@@ -56,7 +56,6 @@ def dressed(tokenizer: PreTrainedTokenizerBase, template: Template, text: str, n
         messages.insert(0, {"role": "system", "content": template.system})
     try:
         shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return cast(str, shown)  # with tokenize=False a text, which the library's type does not say
     except Exception as error:  # a template is a program of the model's author, and fails as it likes
         said = " ".join(str(error).split()) or type(error).__name__
         if type(error).__name__ == "TemplateSyntaxError":
@@ -67,6 +66,11 @@ def dressed(tokenizer: PreTrainedTokenizerBase, template: Template, text: str, n
             ) from None
         leave = "--system" if template.system is not None else "--chat"
         raise CaseError(f"the chat template of {name} refuses this: {said}; leave out {leave}") from None
+    if text.strip() not in shown:
+        raise CaseError(
+            f"the chat template of {name} leaves the prompt out or changes it; mend its chat_template, or leave out --chat"
+        )
+    return cast(str, shown)  # with tokenize=False a text, which the library's type does not say
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -111,14 +115,15 @@ def encode_target(
     behind: the text that `prompt` encodes; the tokens are those of prompt and target encoded together, where that text
     splits between the two, else those of the target in the middle of a text. Raises `CaseError` if no tokens do.
     """
-    nearest = ""
+    nearest: str | None = None
     for head in (*([behind] if behind else []), *_HEADS):
         for ids in _tails(tokenizer, head, target):
             written = continuation(tokenizer, prompt, ids)
             if written == target:
                 return ids
-            if _first_difference(target, written) >= _first_difference(target, nearest):
+            if nearest is None or _first_difference(target, written) > _first_difference(target, nearest):
                 nearest = written
+    nearest = nearest or ""
     at = _first_difference(target, nearest)
     raise CaseError(
         f"the tokenizer of {name} cannot write the target: {_differs(tokenizer, target, target, nearest, at)}; use text that the"

@@ -92,7 +92,7 @@ def _edit(model: str, patch: Patch, verb: str, out: Path | None, force: bool, sa
             raise PatchError(
                 f"{model} holds no safetensors file that the patch can be written into; give --out DIR for a copy"
             )
-        return _save_anew(model, patch, verb, out, say)
+        return _save_anew(model, folder, patch, verb, out, say)
     skeleton = read_skeleton(folder, patch.base.get("architecture"))
     layout = _layout(model, patch, say)
     _check_base(patch, skeleton, layout.get("final_norm"))
@@ -155,7 +155,7 @@ def _check_out(folder: Path | None, out: Path, force: bool) -> None:
         )
 
 
-def _save_anew(model: str, patch: Patch, verb: str, out: Path, say: Say) -> Path:
+def _save_anew(model: str, folder: Path | None, patch: Patch, verb: str, out: Path, say: Say) -> Path:
     lm = load_lm(model, say=say)
     check(lm, patch, _SIDES[verb][0])
     with _as_patch_error(out), journal.new_folder(out, say) as making:
@@ -163,6 +163,8 @@ def _save_anew(model: str, patch: Patch, verb: str, out: Path, say: Say) -> Path
         (apply_in_memory if verb == "apply" else revert_in_memory)(lm, patch)
         lm.model.save_pretrained(making)
         lm.tokenizer.save_pretrained(making)
+        if folder is not None:
+            _copy_rest(folder, making)
         for name, text in texts_after(making, patch, verb, card=True).items():
             if text is not None:
                 (making / name).write_bytes(text.encode())
@@ -343,11 +345,12 @@ def _rounds_to(raw: bytes, dtype: torch.dtype, value: Tensor) -> bool:
 def _check_copies(folder: Path, files: Sequence[str]) -> None:
     """Raise `PatchError` if the folder holds the weights once more in files that cannot be patched."""
     others = sorted({p.name for pattern in _COPIES for p in folder.glob(pattern)} - set(files))
+    read = [n for n in files if not n.startswith("consolidated")]
     others += [n for n in files if n.startswith("consolidated")]
     if others:
         raise PatchError(
             f"{folder} also holds {others[0]}, whose weights would stay unpatched for software that reads it; remove it"
-            f" (transformers reads {files[0]}), and run this again"
+            f" (transformers reads {read[0] if read else 'other files'}), and run this again"
         )
 
 
@@ -382,6 +385,16 @@ def _copy_folder(source: Path, target: Path) -> None:
             there.chmod(path.stat().st_mode & 0o777 | 0o600)
         elif path.is_symlink():
             raise PatchError(f"{path} is a link to nothing ({os.readlink(path)}); is the model complete?")
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Copy what a model saved anew does not say itself: tokenizer, generation settings, cards, as they were."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf") or path.name.endswith(
+            ".index.json"
+        )
+        if path.is_file() and not weights and path.name not in ("config.json", *journal.OWN_FILES):
+            shutil.copyfile(path, target / path.name)
 
 
 def _copy_file(source: Path, target: Path) -> None:

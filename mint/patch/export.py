@@ -124,7 +124,9 @@ def _padded(changes: Mapping[str, LowRank]) -> tuple[int, dict[str, LowRank]]:
 def _changes(patch: Patch, layout: Mapping | None) -> tuple[int, dict[str, LowRank]]:
     changes = low_rank_changes(patch, layout)
     if not changes:
-        raise PatchError("the patch changes nothing (was it scaled by 0?), so there is nothing to export")
+        raise PatchError(
+            "the patch changes nothing (was it scaled by 0?), so there is nothing to export; export it unscaled"
+        )
     return _padded(changes)
 
 
@@ -140,7 +142,9 @@ def to_peft(patch: Patch, out: str | Path, *, layout: Mapping | None = None, for
     rank, changes = _changes(patch, layout)
     kinds = {c.transposed for c in changes.values()}
     if len(kinds) > 1:
-        raise PatchError("the model mixes transposed and plain linear maps, which one adapter cannot hold")
+        raise PatchError(
+            "the model mixes transposed and plain linear maps, which one adapter cannot hold; use 'mint apply --out'"
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

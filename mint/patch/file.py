@@ -60,7 +60,9 @@ def from_bytes(data: bytes, where: str = "patch") -> Patch:
         places.add(place)
     edits = tuple(_edit(item, tensors, where) for item in listed)
     if tensors:
-        raise PatchError(f"{where}: holds a tensor '{min(tensors)}' that belongs to no listed edit")
+        raise PatchError(
+            f"{where}: holds a tensor '{min(tensors)}' that belongs to no listed edit; make the patch again"
+        )
     dtypes = {v.dtype for e in edits for side in (e.before, e.after) for v in side.values()}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         raise PatchError(
@@ -126,9 +128,13 @@ def _edit(item: dict, tensors: dict[str, Tensor], where: str) -> NeuronEdit:
                 found[role] = value
     place = f"{where}: {_where(layer, expert, index)}"
     if set(sides["before"]) != set(sides["after"]) or "out" not in sides["after"]:
-        raise PatchError(f"{place}: 'before' and 'after' must hold the same weights, 'out' among them")
+        raise PatchError(
+            f"{place}: 'before' and 'after' must hold the same weights, 'out' among them; make the patch again"
+        )
     if (item["kind"] == "value") != (set(sides["after"]) == {"out"}):
-        raise PatchError(f"{place}: a value edit holds 'out' alone, a rewrite the input rows too")
+        raise PatchError(
+            f"{place}: a value edit holds 'out' alone, a rewrite the input rows too; make the patch again"
+        )
     for side, found in sides.items():
         for role, value in found.items():
             if value.shape != sides["before"][role].shape or value.dim() != (
@@ -136,7 +142,9 @@ def _edit(item: dict, tensors: dict[str, Tensor], where: str) -> NeuronEdit:
             ):
                 raise PatchError(f"{place}: '{side}.{role}' has shape {tuple(value.shape)}")
             if not value.is_floating_point() or not torch.isfinite(value.float()).all():
-                raise PatchError(f"{place}: '{side}.{role}' holds values that are no finite numbers")
+                raise PatchError(
+                    f"{place}: '{side}.{role}' holds values that are no finite numbers; make the patch again"
+                )
     return NeuronEdit(layer, index, item["kind"], sides["before"], sides["after"], expert)
 
 

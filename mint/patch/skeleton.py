@@ -187,7 +187,8 @@ def read(folder: Path, architecture: str | None = None) -> Skeleton:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{folder}: no '{saved.family}' model can be made from its config.json ({text})"
+            f"{folder}: no '{saved.family}' model can be made from its config.json ({text}); copy the config.json that belongs to"
+            " the weights"
         ) from None
     converters = get_model_conversion_mapping(model)
     renamings = [c for c in converters if isinstance(c, WeightRenaming)]

@@ -575,9 +575,10 @@ def _needs_more(task: _Task, layers: Sequence[int]) -> str:
     together, heard = "together", _heard(task, layers)
     if heard < wrong:
         together = f"when no expert gets more than {heard} of them"
+    more = " or allow --max-neurons 2" if task.settings.max_neurons < 2 else ""
     return (
         f"{task.settings.max_neurons} neuron(s) of one layer cannot write all {wrong} wrong tokens {together}; repair the"
-        f" line in parts, lower --margin (now {task.recipe.margin:g}) or allow --max-neurons 2"
+        f" line in parts or lower --margin (now {task.recipe.margin:g}){more}"
     )
 
 
