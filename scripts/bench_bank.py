@@ -86,8 +86,6 @@ def main() -> None:
     clean = specificity.baseline(lm, sequences)
     with P.applied(lm, whole):
         effects = specificity.compare(lm, clean)
-    scales = strength.over_scale(lm, whole, say=lambda text: print(text, flush=True))
-    write_picture(strength.picture(scales), options.out / "scale.svg", force=True)
     result = {
         "model": options.model,
         "patches": len(found),
@@ -98,21 +96,25 @@ def main() -> None:
         "cases": sum(map(len, checked.answers.values())),
         "broken": checked.broken,
         "fires": checked.fires,
+        "matrix": checked.matrix,
         "effects": {k: v for k, v in effects.as_dict().items() if k != "worst"},
-        "scales": [asdict(one) for one in scales],
     }
+    told = ("patches", "neurons", "moved", "hold", "cases", "broken", "effects")
     write_file(options.out / "bank.json", json.dumps(result, indent=1) + "\n", force=True)
-    print(
-        json.dumps(
-            {k: result[k] for k in ("patches", "neurons", "moved", "hold", "cases", "broken", "effects")},
-            indent=1,
-        )
-    )
+    print(json.dumps({k: result[k] for k in told}, indent=1), flush=True)
     print(f"{'patch':24}  own  others  lines of code  tokens of code")
     for name, shares in checked.fires.items():
         print(
-            f"{name:24} {shares['own']:4.0%} {shares['others']:7.1%} {shares['elsewhere']:14.1%} {shares['elsewhere_tokens']:15.2%}"
+            f"{name:24} {shares['own']:4.0%} {shares['others']:7.1%} {shares['elsewhere']:14.1%}"
+            f" {shares['elsewhere_tokens']:15.2%}",
+            flush=True,
         )
+    scales = strength.over_scale(lm, whole, say=lambda text: print(text, flush=True))
+    write_picture(strength.picture(scales), options.out / "scale.svg", force=True)
+    result["scales"] = [asdict(one) for one in scales]
+    write_file(options.out / "bank.json", json.dumps(result, indent=1) + "\n", force=True)
+    for one in scales:
+        print(one, flush=True)
 
 
 if __name__ == "__main__":
