@@ -1,5 +1,6 @@
 """The minimal-edit solver: exact repairs on every family, protected outputs, and its parts against references."""
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -420,3 +421,17 @@ def test_a_gate_opens_where_the_level_is_negative():
         answers[level] = float(rows.respond(like, silu)[0])
     assert answers[0.8] > 0.4
     assert answers[-0.8] == pytest.approx(-answers[0.8], rel=1e-3)
+
+
+def test_a_target_too_long_for_two_neurons_is_refused_with_what_can_be_had(lm):
+    """Its first tokens can be: the number in the message is tried, not guessed."""
+    case = Case("a", "ab", "".join(chr(33 + (i * 37) % 90) for i in range(40)))
+    task = Problem(case, lm.encode(case, "none"))
+    settings = Settings(max_neurons=1, layers=(1,))
+    solution = minimal.solve(lm, task, settings)
+    assert solution.change is None
+    found = re.search(r"the first (\d+) of its 40 tokens can be had", solution.reason)
+    assert found, solution.reason
+    assert 0 < int(found[1]) < 40
+    short = Case("a", "ab", case.target[: int(found[1])])
+    assert minimal.solve(lm, Problem(short, lm.encode(short, "none")), settings).change is not None

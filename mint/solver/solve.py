@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mint.attribution.faults import find_faults
 from mint.attribution.linear import linear_scores
+from mint.console import quoted
 from mint.errors import CaseError, MintError
 from mint.guards import first_broken
 from mint.model.experts import focused_for, routes
@@ -571,14 +572,29 @@ def _already(task: _Task) -> Solution:
 
 
 def _needs_more(task: _Task, layers: Sequence[int]) -> str:
-    wrong = int(task.fire.sum())
+    """Why there is no edit, and how much of the target could be had, found by trying."""
+    wrong, n = int(task.fire.sum()), len(task.target)
+    most = task.settings.max_neurons
     together, heard = "together", _heard(task, layers)
     if heard < wrong:
         together = f"when no expert gets more than {heard} of them"
+<<<<<<< HEAD
     more = " or allow --max-neurons 2" if task.settings.max_neurons < 2 else ""
     return (
         f"{task.settings.max_neurons} neuron(s) of one layer cannot write all {wrong} wrong tokens {together}; repair the"
         f" line in parts or lower --margin (now {task.recipe.margin:g}){more}"
+=======
+    head = f"{most} neuron(s) of one layer cannot write all {wrong} wrong tokens {together}"
+    allow = " or allow --max-neurons 2" if most == 1 else ""
+    had = _reach(task, layers[0])
+    if not had:
+        return f"{head}; lower --margin (now {task.recipe.margin:g}){allow}"
+    prompt, target = task.problem.encoded.prompt, task.problem.encoded.target
+    end = task.lm.continuation(prompt, target[:had])[-24:]
+    return (
+        f"{head}; the first {had} of its {n} tokens can be had, up to {quoted(end)}: repair those with --stop none and the"
+        f" rest behind them with --patch, or lower --margin (now {task.recipe.margin:g}){allow}"
+>>>>>>> 07ef197 (A block that two neurons cannot write is refused with the number of its first tokens that can be had)
     )
 
 
@@ -596,6 +612,29 @@ def _heard(task: _Task, layers: Sequence[int]) -> int:
         for layer, expert in experts.items()
         if expert is not None
     )
+
+
+def _reach(task: _Task, layer: int) -> int:
+    """How many of the first target tokens the neurons of a layer can write together: bisected to a tenth of the target."""
+    lm, encoded = task.lm, task.problem.encoded
+    low, high = 0, len(encoded.target)
+    while high - low > max(1, len(encoded.target) // 10):
+        middle = (low + high) // 2
+        short = replace(encoded, target=encoded.target[:middle], n_stop=0, stop=None)
+        part = _prepare(lm, replace(task.problem, encoded=short), task.settings, [layer])
+        holds = not part.fire.any() or any(
+            bool((trial.margins > 0).all()) for trial in _quick_trials(part, part.tail(layer))
+        )
+        low, high = (middle, high) if holds else (low, middle)
+    return low
+
+
+def _quick_trials(task: _Task, tail: Tail) -> Iterator[Trial]:
+    """Columns for every way to share the target's positions."""
+    for levels in _ways(task.fire, task.settings.max_neurons, task.lm.block(tail.layer).gated):
+        yield fit_columns(
+            tail, task.target, levels, task.wanted, task.clean.logits, tolerance=task.tolerance
+        )[0]
 
 
 def _settle(task: _Task, patch: Patch, details: dict) -> Solution | None:
@@ -668,7 +707,7 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
             tried.append(found[1])
         elif settings.where == "responsible":
             return value
-    reason = _needs_more(task, layers)
+    reason: str | None = None
     for layer in layers:
         carriers = _carriers(task, layer, blame, settings.max_neurons)
         draft = _draft(task, carriers) if carriers else None
@@ -683,4 +722,5 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
             reason = details["refused"]
     if value is not None:
         return value
+    reason = reason or _needs_more(task, layers)
     return Solution(NAME, None, reason, details={"tried": tried, "layers": layers})
