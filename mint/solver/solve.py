@@ -578,12 +578,6 @@ def _needs_more(task: _Task, layers: Sequence[int]) -> str:
     together, heard = "together", _heard(task, layers)
     if heard < wrong:
         together = f"when no expert gets more than {heard} of them"
-<<<<<<< HEAD
-    more = " or allow --max-neurons 2" if task.settings.max_neurons < 2 else ""
-    return (
-        f"{task.settings.max_neurons} neuron(s) of one layer cannot write all {wrong} wrong tokens {together}; repair the"
-        f" line in parts or lower --margin (now {task.recipe.margin:g}){more}"
-=======
     head = f"{most} neuron(s) of one layer cannot write all {wrong} wrong tokens {together}"
     allow = " or allow --max-neurons 2" if most == 1 else ""
     had = _reach(task, layers[0])
@@ -594,7 +588,6 @@ def _needs_more(task: _Task, layers: Sequence[int]) -> str:
     return (
         f"{head}; the first {had} of its {n} tokens can be had, up to {quoted(end)}: repair those with --stop none and the"
         f" rest behind them with --patch, or lower --margin (now {task.recipe.margin:g}){allow}"
->>>>>>> 07ef197 (A block that two neurons cannot write is refused with the number of its first tokens that can be had)
     )
 
 
