@@ -5,7 +5,7 @@ An SVG file carries both a light and a dark set of colours and follows the reade
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mint.errors import MintError
 from mint.extras import need
@@ -26,7 +26,7 @@ DARK = {INK: "#e5e9ef", FAINT: "#343d4a", PAPER: "#12161c"} | dict(
     )
 )
 """What each colour becomes for readers who chose a dark page."""
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types the keys, as literals, only in its newer versions
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,

@@ -47,7 +47,7 @@ REROUTED = 0.1
 what they write there is no longer what the model was trained to write."""
 
 Attribute = Callable[[LM, Problem], Any]
-Judge = Callable[[LM, Problem, Patch], Any]
+GiveVerdict = Callable[[LM, Problem, Patch], Any]
 Prepare = Callable[[LM], Any]
 _ASIDE = ("attribute", "statistics", "verdict", "contexts")
 """Steps that are not the repair itself: what explains it, and what is measured once per model and then cached."""
@@ -87,7 +87,7 @@ class Hooks:
 
     attribute: Attribute | None = None
     """For every case that needs a repair, before it is solved; the result goes into `Repair.attribution`."""
-    judge: Judge | None = None
+    verdict: GiveVerdict | None = None
     """For every accepted patch while it is not applied; the result goes into `Repair.verdict`."""
     prepare: Prepare | None = None
     """Once, before anything is solved, for what is cached per model and not part of a repair's time."""
@@ -465,17 +465,17 @@ def repair(
     solve: Solver,
     *,
     attribute: Attribute | None = None,
-    judge: Judge | None = None,
+    verdict: GiveVerdict | None = None,
     prepare: Prepare | None = None,
     say: Say = lambda _: None,
 ) -> Outcome:
     """Repair the cases one after another on one model; every repair protects the ones before it.
 
-    The model is bit-identical afterwards. solve: see `mint.solver.SOLVERS`. attribute, judge, prepare, say: see `Hooks`.
+    The model is bit-identical afterwards. solve: see `mint.solver.SOLVERS`. attribute, verdict, prepare, say: see `Hooks`.
     A case without an acceptable repair is refused in its `Repair`; `CaseError` is raised for cases that cannot be used,
     before anything is solved.
     """
-    with Session(lm, wishes, solve, Hooks(attribute, judge, prepare, say)) as session:
+    with Session(lm, wishes, solve, Hooks(attribute, verdict, prepare, say)) as session:
         session.admit(cases)
         repairs = []
         for number, case in enumerate(cases, start=1):
@@ -535,16 +535,16 @@ class _CaseJob:
             raise
 
     def explain(self, lm: LM, change: Change) -> None:
-        judge, around = self.session.hooks.judge, self.around
+        give, around = self.session.hooks.verdict, self.around
         if around is not None:
             self.session.hooks.say(f"{self.case.id}: writing in other contexts")
             with changed(lm, change):
                 seconds, self.found["places"] = _timed(lambda: places.measure(lm, around))
             self.timing["contexts"] += seconds
-        if judge is None or not isinstance(change, Patch):
+        if give is None or not isinstance(change, Patch):
             return
         self.session.hooks.say(f"{self.case.id}: cause or carrier")
-        self.timing["verdict"], self.found["verdict"] = _timed(lambda: judge(lm, self.problem, change))
+        self.timing["verdict"], self.found["verdict"] = _timed(lambda: give(lm, self.problem, change))
 
     def guards(self) -> list[Guard]:
         return [guards.of_repair(self.case, self.encoded)]

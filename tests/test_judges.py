@@ -35,14 +35,14 @@ def test_python_lines_parse(text):
 )
 def test_python_faults_are_found_and_never_raise(text):
     found = judge("python", text, "x = 1")
-    assert not found.ok and found.detail.startswith("syntax") and found.matches_reference is False
+    assert not found.ok and found.detail.startswith("syntax") and found.matches_expected is False
 
 
 def test_python_match_ignores_layout_and_quotes_but_not_names():
-    assert judge("python", 'f( "a" )  # c', "f('a')").matches_reference is True
-    assert judge("python", "f('b')", "f('a')").matches_reference is False
-    assert judge("python", "f('b')").matches_reference is None
-    assert judge("python", "x", "x (").matches_reference is None
+    assert judge("python", 'f( "a" )  # c', "f('a')").matches_expected is True
+    assert judge("python", "f('b')", "f('a')").matches_expected is False
+    assert judge("python", "f('b')").matches_expected is None
+    assert judge("python", "x", "x (").matches_expected is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_bash_lines_parse(text):
 )
 def test_bash_faults_are_found(text):
     found = judge("bash", text, "ls")
-    assert not found.ok and found.detail.startswith("syntax") and found.matches_reference is False
+    assert not found.ok and found.detail.startswith("syntax") and found.matches_expected is False
 
 
 def test_bash_never_runs_what_it_judges(tmp_path):
@@ -76,12 +76,12 @@ def test_bash_never_runs_what_it_judges(tmp_path):
 
 
 def test_bash_match_ignores_spaces_between_words_only():
-    assert judge("bash", "ls  -l   x\n", "ls -l x").matches_reference is True
-    assert judge("bash", "echo 'a  b'", "echo 'a b'").matches_reference is False
-    assert judge("bash", 'echo "a  b"', 'echo "a b"').matches_reference is False
-    assert judge("bash", "cp {{a}} {{b}}", "cp {{b}} {{a}}").matches_reference is False
-    assert judge("bash", "a && b", "a || b").matches_reference is False
-    assert judge("bash", "ls", "ls (").matches_reference is None
+    assert judge("bash", "ls  -l   x\n", "ls -l x").matches_expected is True
+    assert judge("bash", "echo 'a  b'", "echo 'a b'").matches_expected is False
+    assert judge("bash", 'echo "a  b"', 'echo "a b"').matches_expected is False
+    assert judge("bash", "cp {{a}} {{b}}", "cp {{b}} {{a}}").matches_expected is False
+    assert judge("bash", "a && b", "a || b").matches_expected is False
+    assert judge("bash", "ls", "ls (").matches_expected is None
 
 
 # --- ia32 ---------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_bash_match_ignores_spaces_between_words_only():
 )
 def test_ia32_compares_bytes(tool, text, reference, same):
     found = judge_ia32(text, reference, tool=tool)
-    assert found.ok and found.matches_reference is same, found
+    assert found.ok and found.matches_expected is same, found
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -114,7 +114,7 @@ def test_ia32_compares_bytes(tool, text, reference, same):
 )
 def test_ia32_faults_are_found(tool, text):
     found = judge_ia32(text, "push eax", tool=tool)
-    assert not found.ok and found.matches_reference is False
+    assert not found.ok and found.matches_expected is False
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -124,18 +124,18 @@ def test_ia32_reads_quoted_text_as_nasm_does(tool):
         ("mov eax, 'abcd'", "mov eax, 0x64636261"),
         ('x: dd "abcde"', "db 0x61, 0x62, 0x63, 0x64, 0x65, 0, 0, 0"),
     ]:
-        assert judge_ia32(text, same, tool=tool).matches_reference is True, text
+        assert judge_ia32(text, same, tool=tool).matches_expected is True, text
 
 
 @pytest.mark.skipif(not shutil.which("nasm"), reason="nasm is not installed")
 def test_ia32_known_bytes_and_texts_without_bytes():
     assert judge("ia32", "mov eax, 1").detail == "assembles (5 bytes)"
     assert judge("ia32", "msg: db 'ab', 0xa").detail == "assembles (3 bytes)"
-    assert judge("ia32", "size equ 5", "size  EQU 5").matches_reference is True
-    assert judge("ia32", "size equ 5", "size equ 6").matches_reference is False
+    assert judge("ia32", "size equ 5", "size  EQU 5").matches_expected is True
+    assert judge("ia32", "size equ 5", "size equ 6").matches_expected is False
     assert not judge("ia32", "mov eax, [").ok  # keystone takes it
     assert not judge("ia32", "garbage").ok  # nasm alone would take it for a label
-    assert judge("ia32", "push eax", "bad bad bad").matches_reference is None
+    assert judge("ia32", "push eax", "bad bad bad").matches_expected is None
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_ia32_without_an_assembler_says_what_to_install(monkeypatch):
 def test_python_tests_pass_and_fail():
     options = {"before": "def f(x):\n", "after": "\nassert f(2) == 4\n"}
     right = judge("python_tests", "    return 2 * x\n", "    return  2*x\n", **options)
-    assert right.ok and right.detail == "passed" and right.matches_reference is True
+    assert right.ok and right.detail == "passed" and right.matches_expected is True
     wrong = judge("python_tests", "    return x\n", "    return 2 * x\n", **options)
-    assert not wrong.ok and wrong.detail == "assertion" and wrong.matches_reference is False
+    assert not wrong.ok and wrong.detail == "assertion" and wrong.matches_expected is False
     assert judge("python_tests", "  return (\n", **options).detail.startswith("syntax")
     assert judge("python_tests", "    return y\n", **options).detail.startswith("NameError")
 

@@ -332,7 +332,7 @@ def test_explanations_are_carried_along_and_not_timed_as_repair(fault):
         seen.append(patch)
         return "carrier"
 
-    (one,) = repair(lm, [case], WISHES, undoing(undo), attribute=attribute, judge=judge).repairs
+    (one,) = repair(lm, [case], WISHES, undoing(undo), attribute=attribute, verdict=judge).repairs
     assert seen == [case, one.patch] and (one.attribution, one.verdict) == ("blame", "carrier")
     assert list(one.timing) == ["generate", "attribute", "solve", "verify", "verdict"]
     assert one.seconds == sum(one.timing[s] for s in ("generate", "solve", "verify"))

@@ -39,7 +39,7 @@ def test_sample_has_twenty_cases_that_pass_their_own_judge(name):
     assert len(loaded.cases) >= 20 and loaded.skipped == []
     for case in loaded.cases:
         found = judge(task.judge, case.target, case.target, **loaded.tests.get(case.id, {}))
-        assert found.ok and found.matches_reference, (case, found)
+        assert found.ok and found.matches_expected, (case, found)
         assert Stop.of(task.stop, case.target).cut(case.target + "next") == (case.target, True)
     assert all(case.id in loaded.tests for case in loaded.cases) == (task.judge == "python_tests")
 

@@ -7,7 +7,7 @@ import torch
 
 from mint.attribution import verdict
 from mint.attribution.faults import Fault
-from mint.attribution.verdict import _judge
+from mint.attribution.verdict import _label
 from mint.case import Case
 from mint.errors import CaseError, PatchError
 from mint.model.lm import Encoded
@@ -171,7 +171,7 @@ def figures(cause=1.0, layer=1.0, agree=True, control=0.0, direction=1.0):
     ],
 )
 def test_the_label_follows_from_the_figures(label, change):
-    found, reasons = _judge(2.0, figures(**change))
+    found, reasons = _label(2.0, figures(**change))
     assert found == label and reasons
 
 

@@ -160,7 +160,7 @@ def verdict(
         "control": _control(bench),
         "readout": _readout(bench),
     }
-    label, reasons = _judge(bench.gain, parts)
+    label, reasons = _label(bench.gain, parts)
     return Verdict(label, reasons, bench.gain, **parts, faults=len(faults))
 
 
@@ -376,7 +376,7 @@ def _readout(bench: _Bench) -> dict:
 # ---------------------------------------------------------------------- the judgement
 
 
-def _judge(gain: float, parts: dict) -> tuple[str, list[str]]:
+def _label(gain: float, parts: dict) -> tuple[str, list[str]]:
     """The label and its reasons, from the figures alone."""
     if gain <= 1e-6:
         return "no effect", [f"the patch wins {gain:.2f} logits on the faults of this case"]

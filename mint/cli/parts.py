@@ -7,7 +7,7 @@ from mint.errors import CaseError
 from mint.model.lm import LM
 from mint.patch import Patch
 from mint.reference import Statistics, sample_layers, statistics
-from mint.session import Attribute, Judge, Prepare, Wishes
+from mint.session import Attribute, GiveVerdict, Prepare, Wishes
 from mint.solver.problem import Problem
 
 
@@ -39,10 +39,10 @@ def quick_attribution(wishes: Wishes, exact: int = 32) -> Attribute:
     return quick
 
 
-def cause_or_carrier() -> Judge:
+def cause_or_carrier() -> GiveVerdict:
     """`mint.attribution.verdict`: were the edited neurons the cause of the fault, or do they carry the repair?"""
 
-    def judge(lm: LM, problem: Problem, patch: Patch) -> Verdict | None:
+    def give(lm: LM, problem: Problem, patch: Patch) -> Verdict | None:
         if any(edit.expert is not None for edit in patch.edits):
             return None  # the tests of the verdict compare with neurons that every token passes
         try:
@@ -50,4 +50,4 @@ def cause_or_carrier() -> Judge:
         except CaseError:
             return None  # no fault with the answer fed in: nothing to test
 
-    return judge
+    return give

@@ -225,7 +225,7 @@ def repair(
             wishes,
             solve,
             attribute=parts.quick_attribution(wishes) if explained else None,
-            judge=parts.cause_or_carrier() if explained else None,
+            verdict=parts.cause_or_carrier() if explained else None,
             prepare=prepare,
             say=say,
         )

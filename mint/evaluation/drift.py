@@ -36,14 +36,14 @@ class Drift:
 
     repairs: int = 100
     """Most repairs in a row."""
-    stops: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
+    marks: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """After how many repairs everything is measured; also after the last."""
     others: int = 40
     """Lines outside the sequence on which side effects are measured."""
     max_perplexity_ratio: float | None = 2.0
-    """Stop rule: give up where perplexity of held-out code exceeds this multiple of the clean model's."""
+    """Give up where perplexity of held-out code exceeds this multiple of the clean model's."""
     min_retained: float | None = None
-    """Stop rule: give up where fewer than this share of the earlier repairs still hold."""
+    """Give up where fewer than this share of the earlier repairs still hold."""
     max_norm_share: float | None = None
     """Stop rule, the norm budget: give up where the change exceeds this share of the edited matrices' norm."""
     max_failures: int | None = 20
@@ -73,7 +73,7 @@ class InARow:
 
 
 @dataclass(frozen=True)
-class _Clean:
+class _CleanSequence:
     """The clean model on what the sequence must not disturb."""
 
     others: Baseline | None
@@ -120,8 +120,10 @@ def run(
                 done = _step(session, case, row, f"{row.key}:{number}", ledger, say)
                 failures = 0 if done["succeeded"] else failures + 1
                 stopped = _too_many(failures, number, len(cases), drift)
-                if number in drift.stops or number == len(cases) or stopped:
-                    rows.append(_stop(session, clean, number, f"{row.key}:stop:{number}", ledger, drift))
+                if number in drift.marks or number == len(cases) or stopped:
+                    rows.append(
+                        _measured_at(session, clean, number, f"{row.key}:stop:{number}", ledger, drift)
+                    )
                     stopped = stopped or _given_up(rows[-1], number, len(cases), drift)
                 step(case.id)
                 if stopped:
@@ -198,7 +200,9 @@ def _repair(session: Session, case: Case, name: str, say: Callable) -> tuple[dic
 # ---------------------------------------------------------------------- measuring
 
 
-def _clean(lm: LM, cases: list[Case], stick: Yardstick, drift: Drift, key: str, ledger: Ledger) -> _Clean:
+def _clean(
+    lm: LM, cases: list[Case], stick: Yardstick, drift: Drift, key: str, ledger: Ledger
+) -> _CleanSequence:
     """Lines outside the sequence: other cases of the file where there are some, else the shipped lines."""
     prompts = {p for c in cases for p in (c.prompt, *c.rephrasings)}
     targets, ids = {c.target for c in cases}, {c.id for c in cases}
@@ -216,10 +220,12 @@ def _clean(lm: LM, cases: list[Case], stick: Yardstick, drift: Drift, key: str, 
         ledger.append({"key": key, "pass_at_1": _pass_at_1(lm, drift)})
     passed = ledger.rows[key]["pass_at_1"] if drift.programs else None
     measured_on = "same_task" if chosen else "other_tasks" if others else "ordinary_code"
-    return _Clean(others, code, measured_on, passed)
+    return _CleanSequence(others, code, measured_on, passed)
 
 
-def _stop(session: Session, clean: _Clean, number: int, key: str, ledger: Ledger, drift: Drift) -> dict:
+def _measured_at(
+    session: Session, clean: _CleanSequence, number: int, key: str, ledger: Ledger, drift: Drift
+) -> dict:
     """Everything after `number` repairs: from the ledger if it was measured before."""
     if key in ledger:
         return ledger.rows[key]

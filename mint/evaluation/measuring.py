@@ -258,7 +258,7 @@ def first_changed_layer(lm: LM, changes: Sequence[Change | None]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Clean:
+class CleanFacts:
     """What the clean model does with a case and its surroundings. Made before any solver sees the case."""
 
     case: Case
@@ -275,12 +275,12 @@ class Clean:
     """Contexts, wordings and near misses."""
 
 
-def clean_facts(lm: LM, case: Case, stick: Yardstick) -> Clean:
+def clean_facts(lm: LM, case: Case, stick: Yardstick) -> CleanFacts:
     """Measure the clean model on a case. Raises `CaseError` where one of its `keep` prompts cannot be encoded."""
     options, encoded = stick.options, stick.encoded[case.id]
     near = neighbours(stick.cases, case, options.neighbours, stick.seed)
     near_encoded = [stick.encoded[c.id] for c in near]
-    return Clean(
+    return CleanFacts(
         case,
         encoded,
         lm.write(encoded, case),
@@ -303,14 +303,14 @@ def _outputs(lm: LM, encoded: Sequence[Encoded], cases: Sequence[Case]) -> Basel
     return baseline(lm, [specificity.of_output(e.prompt, w) for e, w in zip(encoded, written, strict=True)])
 
 
-def problem_of(clean: Clean) -> Problem:
+def problem_of(clean: CleanFacts) -> Problem:
     """What a solver is given: the case, and the `keep` outputs that the clean model really writes."""
     return Problem(
         clean.case, clean.encoded, tuple(k.encoded for k in clean.kept if k.holds and k.encoded.target)
     )
 
 
-def measure(lm: LM, clean: Clean, solution: Solution, stick: Yardstick) -> dict:
+def measure(lm: LM, clean: CleanFacts, solution: Solution, stick: Yardstick) -> dict:
     """All facts of one solved case, as JSON values, with the change applied meanwhile and taken out afterwards."""
     case, since = clean.case, first_changed_layer(lm, [solution.change])
     with changed(lm, solution.change):

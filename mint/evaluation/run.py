@@ -20,7 +20,7 @@ from mint.evaluation import page as report
 from mint.evaluation.controls import Control
 from mint.evaluation.drift import Drift, InARow
 from mint.evaluation.ledger import Ledger, latest
-from mint.evaluation.measuring import Clean
+from mint.evaluation.measuring import CleanFacts
 from mint.evaluation.plan import Plan, Request, make
 from mint.evaluation.progress import progress_bar
 from mint.extras import need
@@ -130,18 +130,18 @@ def _run_case(lm: LM, plan: Plan, ledger: Ledger, case: Case, say: Callable) -> 
         ledger.append(row)
 
 
-def _solve(lm: LM, solver: Solver, clean: Clean, plan: Plan) -> tuple[Solution, float]:
+def _solve(lm: LM, solver: Solver, clean: CleanFacts, plan: Plan) -> tuple[Solution, float]:
     return measuring.timed(solver, lm, measuring.problem_of(clean), plan.settings)
 
 
 def _imitate(
-    lm: LM, control: Control, clean: Clean, base: Patch | None, plan: Plan
+    lm: LM, control: Control, clean: CleanFacts, base: Patch | None, plan: Plan
 ) -> tuple[Solution, float]:
     return measuring.timed(control, lm, measuring.problem_of(clean), base, plan.settings)
 
 
 def _attempt(
-    lm: LM, plan: Plan, clean: Clean, name: str, make: Callable, say: Callable, measure: bool
+    lm: LM, plan: Plan, clean: CleanFacts, name: str, make: Callable, say: Callable, measure: bool
 ) -> tuple[dict, Solution | None]:
     """Solve and measure one case with one solver: the row, and the solution if there is one."""
     row = _head(plan, clean.case, name)
@@ -160,7 +160,7 @@ def _attempt(
     return row, solution
 
 
-def _measured(lm: LM, plan: Plan, clean: Clean, name: str, solution: Solution, wall: float) -> dict:
+def _measured(lm: LM, plan: Plan, clean: CleanFacts, name: str, solution: Solution, wall: float) -> dict:
     found = measuring.measure(lm, clean, solution, plan.stick)
     if plan.save_patches and isinstance(solution.change, Patch) and name in plan.solvers:
         found["edit"]["patch"] = _save_patch(plan, clean.case, name, solution.change)

@@ -61,7 +61,7 @@ def solver_summary(rows: Iterable[dict], resamples: int = 1000) -> dict:
         },
         **_places(measured),
         "keep": {k: sum(r["keep"][k] for r in measured) for k in ("asked", "right_before", "kept", "broken")},
-        "judge": _judge(measured),
+        "judge": _passes(measured),
         "edit": _edit(measured),
         "time": _time(rows),
     }
@@ -116,7 +116,7 @@ def _text_scores(measured: list[dict]) -> dict:
     return found
 
 
-def _judge(measured: list[dict]) -> dict | None:
+def _passes(measured: list[dict]) -> dict | None:
     """Shares of written texts that parse (assemble, pass), and that are the same program as the target."""
     judged = [r["judge"] for r in measured if r["judge"]["after"]]
     if not judged:

@@ -189,7 +189,7 @@ def main() -> None:
         print(_landlock_version())
         return
     order = json.loads(sys.stdin.buffer.read())
-    report = os.dup(1)
+    answer = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -197,7 +197,7 @@ def main() -> None:
     home = os.path.realpath(os.getcwd())
     _guard(home, _confine(home))
     verdict = " ".join(_verdict(order["program"]).split())[:300]
-    os.write(report, f"{order['nonce']} {verdict}\n".encode("utf-8", "replace"))
+    os.write(answer, f"{order['nonce']} {verdict}\n".encode("utf-8", "replace"))
     os._exit(0)  # threads the program left behind must not keep the process alive
 
 

@@ -66,7 +66,7 @@ def judged(case: Case, text: str, tests: Mapping[str, dict] | None = None) -> di
         found = judges.judge(name, text, case.target, **options)
     except MintError as error:
         return {"judge": name, "error": str(error)}
-    return {"judge": name, "ok": found.ok, "matches": found.matches_reference, "detail": found.detail}
+    return {"judge": name, "ok": found.ok, "matches": found.matches_expected, "detail": found.detail}
 
 
 def rephrased(case: Case) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Code judges: is a text valid in its language, and is it the same program as the reference?
+"""Code judges: is a text valid in its language, and is it the same program as the expected text?
 
 Nothing is executed except by the judge `python_tests`, which runs in `mint.measure.sandbox`. Judges know
 nothing about models or cases; `JUDGES` below is the whole list.
@@ -32,12 +32,12 @@ class Judgement:
     """The text parses, assembles, or passes its tests, whichever the judge says it checks."""
     detail: str
     """One line; `parses`, `assembles (8 bytes)`, `passed`, or why not."""
-    matches_reference: bool | None = None
-    """Same syntax tree (python, bash) or bytes (ia32) as the reference; None without a usable reference."""
+    matches_expected: bool | None = None
+    """Same syntax tree (python, bash) or bytes (ia32) as the expected text; None without a usable one."""
 
 
-def judge(name: str, text: str, reference: str | None = None, **options) -> Judgement:
-    """Judge `text` with the judge called `name` (a key of `JUDGES`), against `reference` if there is one.
+def judge(name: str, text: str, expected: str | None = None, **options) -> Judgement:
+    """Judge `text` with the judge called `name` (a key of `JUDGES`), against `expected` if there is one.
 
     `options` go to the judge: `python_tests` needs `before` and `after` and takes `seconds`, `memory_bytes`.
     Raises `MintError` for an unknown name, or when a judge's own tool is missing. Never raises for what
@@ -47,7 +47,7 @@ def judge(name: str, text: str, reference: str | None = None, **options) -> Judg
         near = difflib.get_close_matches(name, JUDGES, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise MintError(f"unknown judge '{name}'; known are {', '.join(JUDGES)}{hint}")
-    return JUDGES[name](text, reference, **options)
+    return JUDGES[name](text, expected, **options)
 
 
 def check_tool(name: str) -> None:
@@ -70,7 +70,7 @@ def _python_tree(text: str) -> str:
 _NO_STATEMENT = ast.dump(ast.parse(""))
 
 
-def judge_python(text: str, reference: str | None = None) -> Judgement:
+def judge_python(text: str, expected: str | None = None) -> Judgement:
     """`ok` if `text` parses as Python with at least one statement; a match has the same tree, in any layout.
 
     Parsed, not compiled: a line such as `return x` is judged without the function around it.
@@ -78,20 +78,20 @@ def judge_python(text: str, reference: str | None = None) -> Judgement:
     try:
         tree = _python_tree(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return Judgement(False, f"syntax: {_one_line(error)}", None if reference is None else False)
+        return Judgement(False, f"syntax: {_one_line(error)}", None if expected is None else False)
     if tree == _NO_STATEMENT:
-        return Judgement(False, "syntax: no statement", None if reference is None else False)
-    if reference is None:
+        return Judgement(False, "syntax: no statement", None if expected is None else False)
+    if expected is None:
         return Judgement(True, "parses")
     try:
-        return Judgement(True, "parses", tree == _python_tree(reference))
+        return Judgement(True, "parses", tree == _python_tree(expected))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return Judgement(True, "parses; the reference does not", None)
+        return Judgement(True, "parses; the expected text does not", None)
 
 
 def judge_python_tests(
     text: str,
-    reference: str | None = None,
+    expected: str | None = None,
     *,
     before: str = "",
     after: str,
@@ -101,12 +101,12 @@ def judge_python_tests(
     """Run `before + text + after` under limits; `ok` if it ends without an exception (pass@1 of one sample).
 
     HumanEval (Chen et al. 2021, section 2.1): `before` is the prompt, `after` the tests and the call of
-    `check`. `seconds` is wall-clock time; `reference` is only compared as a syntax tree, behind `before`.
+    `check`. `seconds` is wall-clock time; `expected` is only compared as a syntax tree, behind `before`.
     """
     result = run_python(before + text + after, seconds=seconds, memory_bytes=memory_bytes)
     matches = None
-    if reference is not None:
-        matches = judge_python(before + text, before + reference).matches_reference
+    if expected is not None:
+        matches = judge_python(before + text, before + expected).matches_expected
     return Judgement(result.passed, result.detail, matches)
 
 
@@ -163,7 +163,7 @@ def _first_fault(root) -> str:
     return "syntax"
 
 
-def judge_bash(text: str, reference: str | None = None) -> Judgement:
+def judge_bash(text: str, expected: str | None = None) -> Judgement:
     """`ok` if tree-sitter's bash grammar parses `text` with no error or missing node, and it holds a
     statement.
 
@@ -171,16 +171,16 @@ def judge_bash(text: str, reference: str | None = None) -> Judgement:
     the same tree and words; spacing between words and comments' place aside.
     """
     root = _bash_tree(text)
-    no_match = None if reference is None else False
+    no_match = None if expected is None else False
     if root.has_error:
         return Judgement(False, _first_fault(root), no_match)
     if not [c for c in root.named_children if c.type != "comment"]:
         return Judgement(False, "syntax: no command", no_match)
-    if reference is None:
+    if expected is None:
         return Judgement(True, "parses")
-    wanted = _bash_tree(reference)
+    wanted = _bash_tree(expected)
     if wanted.has_error:
-        return Judgement(True, "parses; the reference does not", None)
+        return Judgement(True, "parses; the expected text does not", None)
     return Judgement(True, "parses", _bash_words(root) == _bash_words(wanted))
 
 
@@ -216,7 +216,7 @@ def assembler() -> str:
 
 def _nasm(text: str, labels: frozenset[str]) -> _Assembled:
     # A label that the text does not define gets a place just behind it, so that short jumps reach it; the
-    # place depends on the sorted names only, so the same label is the same address in text and reference.
+    # place depends on the sorted names only, so the same label is the same address in both texts.
     places = "".join(f"{name} equ {_END}+{i}\n" for i, name in enumerate(sorted(labels)))
     source = f"bits 32\n{_asm_lines(text)}\n" + (f"{_END}:\n{places}" if labels else "")
     limited = [
@@ -321,44 +321,44 @@ def _keystone(text: str) -> _Assembled:
     return _Assembled(None if code is None else bytes.fromhex(code), _one_line(message))
 
 
-def _assemble_both(text: str, reference: str | None, tool: str) -> tuple[_Assembled, _Assembled | None]:
+def _assemble_both(text: str, expected: str | None, tool: str) -> tuple[_Assembled, _Assembled | None]:
     if tool == "keystone":
-        return _keystone(text), None if reference is None else _keystone(reference)
+        return _keystone(text), None if expected is None else _keystone(expected)
     one = _nasm(text, frozenset())
-    two = None if reference is None else _nasm(reference, frozenset())
+    two = None if expected is None else _nasm(expected, frozenset())
     labels = one.undefined | (two.undefined if two else frozenset())
     if one.undefined:
         one = _nasm(text, labels)
     if two and two.undefined:
-        two = _nasm(reference or "", labels)
+        two = _nasm(expected or "", labels)
     return one, two
 
 
-def judge_ia32(text: str, reference: str | None = None, *, tool: str | None = None) -> Judgement:
-    """`ok` if `text` assembles as 32-bit x86 in NASM syntax; a match has the same bytes as the reference.
+def judge_ia32(text: str, expected: str | None = None, *, tool: str | None = None) -> Judgement:
+    """`ok` if `text` assembles as 32-bit x86 in NASM syntax; a match has the same bytes as the expected text.
 
     Labels that the text only uses are given a place, so one line of a program can be judged. Texts without
     bytes (`section .text`, `len equ 5`) match if they read the same but for spaces and case. `tool` is `nasm`
     or `keystone`; by default `assembler()` chooses. nasm is the measure: keystone's NASM mode is worked
     around, not mended.
     """
-    no_match = None if reference is None else False
+    no_match = None if expected is None else False
     if not text.strip():
         return Judgement(False, "empty", no_match)
     refused = _REFUSED.search(_asm_lines(text))
     if refused:
         return Judgement(False, f"refused: {refused.group().strip()!r} is not assembled here", no_match)
-    if reference is not None and _REFUSED.search(_asm_lines(reference)):
-        reference = None
-    found, wanted = _assemble_both(text, reference, tool or assembler())
+    if expected is not None and _REFUSED.search(_asm_lines(expected)):
+        expected = None
+    found, wanted = _assemble_both(text, expected, tool or assembler())
     if found.code is None:
         return Judgement(False, f"does not assemble: {found.detail}", no_match)
     detail = f"assembles ({len(found.code)} bytes)"
     if wanted is None:
         return Judgement(True, detail)
     if wanted.code is None:
-        return Judgement(True, detail + "; the reference does not", None)
-    same = found.code == wanted.code and (bool(found.code) or _reading(text) == _reading(reference or ""))
+        return Judgement(True, detail + "; the expected text does not", None)
+    same = found.code == wanted.code and (bool(found.code) or _reading(text) == _reading(expected or ""))
     return Judgement(True, detail, same)
 
 

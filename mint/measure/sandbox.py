@@ -113,11 +113,11 @@ def run_python(
         "file_bytes": file_bytes,
     }
     command = [*isolation(), sys.executable, "-I", "-B", str(_CHILD)]
-    with tempfile.TemporaryDirectory(prefix="mint-run-") as home, tempfile.TemporaryFile() as report:
+    with tempfile.TemporaryDirectory(prefix="mint-run-") as home, tempfile.TemporaryFile() as answer:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=report,
+            stdout=answer,
             stderr=subprocess.DEVNULL,
             cwd=home,
             env={"PATH": os.defpath, "HOME": home, "TMPDIR": home, "PYTHONHASHSEED": "0"},
@@ -130,16 +130,16 @@ def run_python(
             timed_out = True
         finally:
             _end(process)
-        report.seek(0)
-        text = report.read(4096).decode("utf-8", "replace")
+        answer.seek(0)
+        text = answer.read(4096).decode("utf-8", "replace")
     return _result(text, nonce, process.returncode, timed_out)
 
 
-def _result(report: str, nonce: str, code: int, timed_out: bool) -> RunResult:
+def _result(answer: str, nonce: str, code: int, timed_out: bool) -> RunResult:
     if timed_out:
         return RunResult(False, "timeout")
-    if report.startswith(nonce + " "):
-        verdict = report[len(nonce) + 1 :].strip()
+    if answer.startswith(nonce + " "):
+        verdict = answer[len(nonce) + 1 :].strip()
         return RunResult(verdict == "passed", verdict)
     number = -code if code < 0 else code - 128
     if number in (signal.SIGXCPU, signal.SIGKILL):

@@ -115,7 +115,7 @@ def convert(files: Sequence[Path], folder: Path) -> None:
                 **where, dtype=torch.float32, output_loading_info=True
             )
             # As output_loading_info has it; a model that was read so has attributes of its quantiser besides.
-            model, report = cast(tuple[Any, dict], read)
+            model, info = cast(tuple[Any, dict], read)
     except Exception as error:  # the readers of GGUF raise whatever they stumble over
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
@@ -124,7 +124,7 @@ def convert(files: Sequence[Path], folder: Path) -> None:
     finally:
         if merged is not None:
             merged.unlink(missing_ok=True)
-    missing = sorted(report["missing_keys"])
+    missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{files[0]} lacks {len(missing)} weights (first: {missing[0]}); is the file complete?"

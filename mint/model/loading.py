@@ -203,7 +203,9 @@ def _unwritable(name: str, kind: str) -> ModelError:
     )
 
 
-def _check_size(saved: Saved, auto: type, config: PreTrainedConfig) -> None:
+def _check_size(
+    saved: Saved, auto: type[AutoModelForCausalLM | AutoModelForImageTextToText], config: PreTrainedConfig
+) -> None:
     """Raise `ModelError` where config.json describes a far larger model than the files hold, before memory is taken."""
     plain = copy.deepcopy(config)
     plain._attn_implementation = "eager"
@@ -228,7 +230,7 @@ def _read_model(
     device_map: str | None,
     options: dict,
 ) -> tuple[PreTrainedModel, dict]:
-    """(model, report). The class that config.json's family has for text; attention that runs everywhere."""
+    """(model, loading info). The class that config.json's family has for text; attention that runs everywhere."""
     auto = AutoModelForCausalLM if saved.causal else AutoModelForImageTextToText
 
     _check_size(saved, auto, config)
@@ -269,7 +271,7 @@ def _read_pretrained(
         config = _read_config(saved, name, options)
         tokenizer = _read_tokenizer(saved, name, options)
         try:
-            model, report = _read_model(saved, name, config, dtype, device_map, options)
+            model, info = _read_model(saved, name, config, dtype, device_map, options)
         except (MemoryError, ModelError):
             raise
         except Exception as error:  # transformers and safetensors raise many kinds for a damaged model
@@ -282,7 +284,7 @@ def _read_pretrained(
     if saved.folder is not None:
         model.config._name_or_path = str(saved.folder)
     model.config.return_dict = True  # mint reads outputs by name
-    _check_report(saved, report)
+    _check_complete(saved, info)
     saved.ignored.extend(_ignored(model, saved))
     return model, tokenizer
 
@@ -297,10 +299,10 @@ def _ignored(model: PreTrainedModel, saved: Saved) -> list[str]:
     return sorted(n for n in names if n not in own and any(re.search(p, n) for p in patterns))
 
 
-def _check_report(saved: Saved, report: dict) -> None:
+def _check_complete(saved: Saved, info: dict) -> None:
     """Raise `ModelError` unless every weight came from the files; note the saved ones that nothing uses."""
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    mismatched = sorted(report["mismatched_keys"])
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         key, found, wanted = mismatched[0]
         raise ModelError(

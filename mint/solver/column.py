@@ -44,7 +44,7 @@ class Trial:
         return float((wanted - self.margins).clamp(min=0).sum())
 
 
-def _judge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _margins(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Margins [n] and best rivals [n, k] of logits [n, vocab], on the CPU; the logits stay where they are."""
     target = target.to(logits.device)
     own = logits.gather(1, target[:, None])
@@ -65,7 +65,7 @@ def _try(tail: Tail, target: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> 
     writes = torch.einsum("bkm,bkd->bmd", levels, columns)
     rows = torch.arange(len(pairs)).repeat_interleave(n)
     logits = tail.logits(writes, rows, torch.arange(n).repeat(len(pairs))).view(len(pairs), n, -1)
-    return [Trial(p[0], p[1], *_judge(each, target)) for p, each in zip(pairs, logits, strict=True)]
+    return [Trial(p[0], p[1], *_margins(each, target)) for p, each in zip(pairs, logits, strict=True)]
 
 
 class _Constraints:
@@ -113,7 +113,7 @@ def fit_columns(
     [n, vocab] logits without the edit. The margins may fall short after `ITERATIONS`: the caller looks.
     """
     start = torch.zeros(levels.shape[0], tail.inputs.shape[1])
-    trial = best = Trial(levels, start, *_judge(clean, target))
+    trial = best = Trial(levels, start, *_margins(clean, target))
     constraints, active = _Constraints(tail, target, levels), []
     for iteration in range(ITERATIONS):
         short = wanted - trial.margins > tolerance
@@ -153,7 +153,7 @@ def fit_levels_too(
     k, m = levels.shape
     free = (levels.abs().sum(0) > 0).float()
     start = torch.zeros(k, tail.inputs.shape[1])
-    trial = best = Trial(levels, start, *_judge(clean, target))
+    trial = best = Trial(levels, start, *_margins(clean, target))
     seen: dict[tuple[int, int], int] = {}
     for iteration in range(_FREE_ITERATIONS):
         if not (wanted - trial.margins > tolerance).any():

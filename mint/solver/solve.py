@@ -33,7 +33,7 @@ from mint.solver.gate import Background, InputRows, Inputs, fit_rows
 from mint.solver.inputs import inputs_behind, inputs_of
 from mint.solver.paraphrase import rephrase, strangers
 from mint.solver.problem import Problem, Settings, Solution
-from mint.solver.tail import Clean, Tail, run_clean
+from mint.solver.tail import CleanRun, Tail, run_clean
 
 NAME = "mint"
 WHERE = ("auto", "responsible", "idle")
@@ -124,7 +124,7 @@ class _Task:
     settings: Settings
     recipe: Recipe
     stats: Statistics
-    clean: Clean
+    clean: CleanRun
     target: Tensor
     fire: Tensor
     """[n] bool: positions where the neuron must act, since the target token does not lead by half a logit."""

@@ -119,7 +119,7 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Clean:
+class CleanRun:
     """The unedited model on one case."""
 
     tails: dict[int, Tail]
@@ -128,7 +128,7 @@ class Clean:
 
 
 @torch.no_grad()
-def run_clean(lm: LM, encoded: Encoded, layers: Sequence[int], *, whole: bool = False) -> Clean:
+def run_clean(lm: LM, encoded: Encoded, layers: Sequence[int], *, whole: bool = False) -> CleanRun:
     """One plain forward of prompt and target, kept for restarts in any of `layers`.
 
     whole: keep the tokens of the prompt too, for edits that already act there.
@@ -155,4 +155,4 @@ def run_clean(lm: LM, encoded: Encoded, layers: Sequence[int], *, whole: bool = 
         tails[layer] = Tail(
             lm, layer, hidden, x[start:], x[:start], start - cut, prefix, states.as_tuple, before
         )
-    return Clean(tails, logits)
+    return CleanRun(tails, logits)
