@@ -17,9 +17,9 @@ from pathlib import Path
 from mint import console
 from mint.cli import main as mint
 from mint.errors import MintError
-from mint.model.loading import BUILTIN, builtin_path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILTIN = "smollm2-135m"
 OUT = Path("results") / "demo"
 RULE, PAGE, HABIT, LINE = (
     str(OUT / name) for name in ("clock.jsonl", "clock.html", "clock.safetensors", "line.safetensors")
@@ -36,9 +36,10 @@ def shown(argv: list[str]) -> str:
     """A command as it is typed in bash."""
 
     def word(text: str) -> str:
-        return (
-            "$'" + text.replace("'", "\\'").replace("\n", "\\n") + "'" if "\n" in text else shlex.quote(text)
-        )
+        if "\n" not in text:
+            return shlex.quote(text)
+        escaped = text.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n")
+        return f"$'{escaped}'"
 
     return "$ mint " + " ".join(map(word, argv))
 
@@ -76,6 +77,8 @@ def digest(folder: Path) -> str:
 
 def main() -> None:
     """Do it all. Raises `MintError` where something did not hold."""
+    from mint.model.loading import builtin_path
+
     started = time.perf_counter()
     os.chdir(ROOT)
     shutil.rmtree(OUT, ignore_errors=True)
