@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mint import patch as P
 from mint.model.lm import fingerprint, sampled
@@ -34,9 +34,10 @@ def make(folder: Path, gigabytes: float) -> Path:
     )  # fmt: skip
     config.save_pretrained(folder)
     header, at = {}, 0
-    for name, shape in read_skeleton(folder).shapes():
-        if name == "lm_head.weight":
-            continue
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():  # the tied unembedding is named once
+        shape = parameter.shape
         size = 2 * int(torch.Size(shape).numel())
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
