@@ -57,15 +57,19 @@ def write(lm: LM, asks: Sequence[Ask], progress: Callable[[int], None] = lambda 
     """
     written: list[list[int]] = [[] for _ in asks]
     ends = lm.stop_ids()
-    for batch in alike([len(a.prompt) for a in asks], _BATCH_TOKENS, _BATCH):
+    # Prompts that ask for as many tokens go together: a batch writes as long as the longest of them.
+    together = [[i for i, a in enumerate(asks) if a.tokens == n] for n in sorted({a.tokens for a in asks})]
+    batches = [
+        [same[k] for k in batch]
+        for same in together
+        for batch in alike([len(asks[i].prompt) for i in same], _BATCH_TOKENS, _BATCH)
+    ]
+    for batch in batches:
         asked = [asks[i] for i in batch]
         stops = [None if a.lines is None else Stop("line", a.lines) for a in asked]
         room = lm.context - max(len(a.prompt) for a in asked)
-        tokens = max(1, min(max(a.tokens for a in asked), room))
-        for i, ask, ids in zip(
-            batch, asked, lm.generate([a.prompt for a in asked], tokens, stops), strict=True
-        ):
-            ids = ids[: ask.tokens]
+        tokens = max(1, min(asked[0].tokens, room))
+        for i, ids in zip(batch, lm.generate([a.prompt for a in asked], tokens, stops), strict=True):
             written[i] = ids[:-1] if ids and ids[-1] in ends else ids
         progress(len(batch))
     return written
