@@ -14,7 +14,7 @@ from torch import Tensor
 from mint.solver.bundle import Bundle, judge
 from mint.solver.qp import smallest
 
-_TRIES = 6
+_TRIES = 10
 """Dampings tried in one iteration."""
 
 

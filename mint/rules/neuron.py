@@ -28,6 +28,8 @@ IDLE_SAMPLE = 1024
 """Reference inputs from which is judged how much a neuron writes."""
 OPENING = 8
 """Most tokens before the cut that tell the habit from other uses of its words."""
+SURER = 3.0
+"""How many times as sure of a prompt a gate may be that learnt from it, against one that did not."""
 SUSPECTS = 20
 """Most guilty neurons of a layer that are looked at."""
 
@@ -127,7 +129,8 @@ def habit_of(prompts: Sequence[Sequence[int]], wrong: Collection[tuple[int, ...]
         if len(ends) != 1 or len(next(iter(ends))) < n or any(len(p) < n for p in prompts):
             break
         opening = next(iter(ends))
-    return Habit(opening, frozenset(tuple(w) for w in wrong if w))
+    # One token alone, such as a bracket, is everywhere.
+    return Habit(opening, frozenset(tuple(w) for w in wrong if len(opening) + len(w) > 1))
 
 
 def read_layer(
@@ -363,7 +366,8 @@ def _calibrated(
     own = (x @ full)[places]
     if bool((own > others).any()):
         threshold = min(threshold, 2 * float(own[own > others].min()) - typical)
-    span = typical - threshold
+    # Where a fold's gate hardly knows the faults, the size goes by what the whole gate says of them.
+    span = max(typical - threshold, (float(own.median()) - threshold) / SURER)
 
     def moved(a: Tensor) -> Tensor:
         return (a - threshold * at.constant) / span
