@@ -8,7 +8,8 @@ from mint.case import Case
 from mint.errors import MintError
 from mint.solver import variants
 from mint.solver.bundle import bundle
-from mint.solver.in_contexts import fit_columns, recipe_of
+from mint.solver.in_contexts import recipe_of, shares
+from mint.solver.joint import Demand, fit
 from mint.solver.problem import Settings
 
 CASE = Case("a", "# sort the first list\n", "x.sort()\n")
@@ -43,44 +44,41 @@ def test_no_learning_host_is_measured_with():
     assert not any(text in case.prompt for case in variants.contexts(CASE) for text in measured)
 
 
-def test_own_leads_are_exact_and_their_gradients_are_right_at_the_last_layer(lm):
-    texts = [lm.encode(CASE), lm.encode(Case("b", "y = 1\n# sort\n", "x.sort()\n"))]
-    layer = lm.n_layers - 1  # nothing reads keys above it, so leaving them out changes nothing
-    joint = bundle(lm, texts, [layer], exact=True)[layer]
-    writes = 0.1 * torch.randn(*joint.real.shape, joint.hidden.shape[-1])
-    margins, rivals, gradients = joint.own_leads(writes)
-    i, p = 1, 3
-    direction = torch.randn(gradients.shape[-1])
-    moved = []
-    for sign in (1, -1):
-        other = writes.clone()
-        other[i, p] += sign * 1e-2 * direction
-        rows, columns = joint.real.nonzero().T
-        logits = joint.logits(other)[int(((rows == i) & (columns == p)).nonzero())]
-        moved.append(float(logits[joint.target[i, p]] - logits[rivals[i, p]]))
-    assert (moved[0] - moved[1]) / 2e-2 == pytest.approx(
-        float(gradients[i, p] @ direction), rel=0.05, abs=1e-3
-    )
-    clean, _, _ = joint.own_leads(torch.zeros_like(writes))
-    assert torch.allclose(clean, joint.clean, atol=1e-3)
-
-
-def test_one_column_serves_several_texts(lm):
+def several(lm, wanted: float) -> Demand:
     texts = [
         lm.encode(Case(str(k), f"{p}# go\n", "a\n")) for k, p in enumerate(["", "x = 1\n", "import os\n"])
     ]
     joint = bundle(lm, texts, [1], exact=True)[1]
-    levels = joint.real[None].float()
-    wanted = torch.full(joint.real.shape, 0.5).masked_fill(~joint.real, -torch.inf)
-    columns, margins, _ = fit_columns(joint, levels, wanted, torch.full((len(joint),), 1e4), 20)
-    before = (wanted - joint.clean).clamp(min=0).masked_fill(~joint.real, 0).sum()
-    after = (wanted - margins).clamp(min=0).masked_fill(~joint.real, 0).sum()
-    assert after < 0.5 * before and columns.shape == (1, joint.hidden.shape[-1])
+    goal = torch.full(joint.real.shape, wanted).masked_fill(~joint.real, -torch.inf)
+    return Demand(joint, joint.real[None].float(), goal, torch.full((len(joint),), 1e4))
 
 
-def test_the_dial_moves_margin_and_ridge_together():
+def test_one_column_serves_several_texts(lm):
+    demand = several(lm, 0.5)
+    columns, margins, _ = fit(demand, 20)
+    missing = (demand.wanted - demand.bundle.clean).clamp(min=0).masked_fill(~demand.bundle.real, 0)
+    left = (demand.wanted - margins).clamp(min=0).masked_fill(~demand.bundle.real, 0)
+    assert left.sum() < 0.5 * missing.sum() and columns.shape == (1, demand.bundle.hidden.shape[-1])
+
+
+def test_no_iteration_makes_the_columns_cost_more(lm):
+    demand = several(lm, 4.0)
+    costs = [demand.cost(fit(demand, n)[0]) for n in range(4)]
+    assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
+
+
+def test_the_first_neuron_takes_the_first_token_and_what_stands_before_it(lm):
+    texts = [lm.encode(CASE), lm.encode(Case("b", "def f(x):\n    # sort\n", "    x.sort()\n"))]
+    joint = bundle(lm, texts, [1], exact=True)[1]
+    fire = torch.ones(joint.real.shape[1]).bool()
+    first, rest = shares(joint, fire, 2)
+    assert first.nonzero().flatten().tolist() == [0, 1, 2, 3, 4] and bool((first ^ rest).all())
+    assert shares(joint, fire, 1) == [fire]
+
+
+def test_the_dial_moves_margin_price_and_near_misses_together():
     low, high = recipe_of(Settings(generalize=0.0)), recipe_of(Settings(generalize=1.0))
-    assert low.margin < high.margin and low.ridge < high.ridge and low.price < high.price
+    assert low.margin < high.margin and low.near > high.near and low.price < high.price
     assert recipe_of(Settings(margin=1.5)).margin == 1.5
     for wrong in (Settings(generalize=2.0), Settings(margin=-1.0)):
         with pytest.raises(MintError):

@@ -123,16 +123,14 @@ def suffix_logits(lm: LM, layer: int, hidden: Tensor, as_tuple: int, rows: Tenso
 class KeptLayer(DynamicLayer):
     """Keys and values of one layer's prefix, batch 1, lent to any number of rows; new ones are not kept."""
 
-    def __init__(self, keys: Tensor, values: Tensor, fixed: bool = False):
+    def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
-        self.prefix, self.fixed = (keys, values), fixed
+        self.prefix = (keys, values)
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
         rows = key_states.shape[0]
-        if self.fixed:
-            key_states, value_states = key_states.detach(), value_states.detach()
         keys, values = (x.expand(rows, -1, -1, -1) for x in self.prefix)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
@@ -169,11 +167,8 @@ def kept_prefix(lm: LM, cache: Cache, length: int) -> list[tuple[Tensor, Tensor]
     return found
 
 
-def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]], fixed: bool = False) -> DynamicCache:
-    """A cache that lends the prefix to any number of rows and keeps nothing new.
-
-    fixed: no gradient flows through the keys and values of new tokens, so each token answers only for itself.
-    """
+def kept_cache(prefix: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache that lends the prefix to any number of rows and keeps nothing new."""
     cache = DynamicCache()
-    cache.layers.extend(KeptLayer(keys, values, fixed) for keys, values in prefix)
+    cache.layers.extend(KeptLayer(keys, values) for keys, values in prefix)
     return cache

@@ -118,27 +118,6 @@ class Bundle:
                     gradients[:, p] = by_write.float()
         return found, gradients, want
 
-    def own_leads(self, writes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Margins over the best rival [b, m], those rivals' ids [b, m], and gradients of the margins [b, m, d_model].
-
-        writes: [b, m, d_model]. The margins are exact; a gradient is by what is written at the same place, with the keys
-        and values of the texts' own tokens held fixed. So one backward gives all of them, where exact ones by earlier
-        places need one a place (`soft_margins`).
-        """
-        rows, columns = self.real.nonzero().T
-        margins, gradients = torch.zeros(self.real.shape), torch.zeros(writes.shape)
-        best = torch.zeros(self.real.shape, dtype=torch.long)
-        with torch.enable_grad(), self.lm.only_at(rows, columns):
-            write = writes.clone().requires_grad_()
-            logits = self._forward(write, fixed=True)
-            own = self.target[rows, columns][:, None]
-            rival = logits.detach().scatter(1, own, -torch.inf).argmax(1)
-            lead = (logits.gather(1, own) - logits.gather(1, rival[:, None]))[:, 0]
-            (by_write,) = torch.autograd.grad(lead.sum(), write)
-        margins[rows, columns], best[rows, columns] = lead.detach(), rival
-        gradients[rows, columns] = by_write[rows, columns].float()
-        return margins, best, gradients
-
     @torch.no_grad()
     def present_margins(self) -> Tensor:
         """[b, m] margins in the model's present weights, which must be the old ones below the layer; whole texts run."""
@@ -180,15 +159,15 @@ class Bundle:
             self.as_tuple,
         )
 
-    def _forward(self, writes: Tensor, fixed: bool = False) -> Tensor:
-        """Logits of what the unembedding is given to see. fixed: no gradient through keys and values of these tokens."""
+    def _forward(self, writes: Tensor) -> Tensor:
+        """Logits of what the unembedding is given to see."""
         lm = self.lm
         ids = torch.zeros(self.hidden.shape[:2], dtype=torch.long, device=lm.device)
 
         def add(_module, _args, output):
             return output + writes.to(output.device, output.dtype).reshape(output.shape)
 
-        cache = kept_cache(self.prefix, fixed)
+        cache = kept_cache(self.prefix)
         options = {"past_key_values": cache, "use_cache": True, "attention_mask": self.mask}
         if "position_ids" in inspect.signature(lm.model.forward).parameters:
             options["position_ids"] = self.positions

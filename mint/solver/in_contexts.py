@@ -1,9 +1,10 @@
 """The solver `contexts`: one case as a rule whose learn prompts are the case in other files and in other words.
 
-The gate is the large-margin classifier of rules (gate.py): it fires at the case's wrong places in every context and
-wording, and keeps silent at near misses and strangers, with the target forced behind them too. The column is one
-quadratic programme over all contexts (`fit_columns`). Where one neuron does not carry the prompt itself, two share its
-places; where these do not, the solver `mint` takes over, which repairs the prompt and nothing around it.
+Two neurons of one layer share the target: one fires where it has to be recognised (its first token, and the indentation in
+front of it), one where the rest is written. Each gate is the large-margin classifier of rules (classifier.py): silent at
+near misses, at what the model writes behind them, and at strangers with the target forced behind them. The columns are one
+programme over all contexts (joint.py). Where the edit does not write the prompt itself, the solver `mint` takes over, which
+repairs the prompt and nothing around it.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mint import prompts
+from mint.batches import alike
 from mint.case import Case
 from mint.errors import CaseError, MintError, ModelError
 from mint.guards import first_broken
@@ -25,8 +27,8 @@ from mint.reference import Statistics, sample_layers, statistics
 from mint.solver.bundle import Bundle, bundle
 from mint.solver.classifier import Detector, Examples, fit_constant, fit_direction, make_detector
 from mint.solver.inputs import block_inputs
+from mint.solver.joint import Demand, fit
 from mint.solver.problem import Problem, Settings, Solution
-from mint.solver.qp import HARD, smallest
 from mint.solver.variants import contexts, wordings
 
 NAME = "contexts"
@@ -34,7 +36,17 @@ FIRE_BELOW = 0.5
 """Margin, in logits, below which a place is wrong."""
 FIRE_SHARE = 0.4
 """Share of the texts in which a target token must be wrong for the neuron to fire at it in all."""
-ITERATIONS = 8
+ITERATIONS = 6
+OPENING = 3
+"""First tokens of the target behind which, typed elsewhere, the rest is not to follow."""
+STRANGE = 0.1
+"""Cost of firing at later tokens of the target behind another prompt."""
+EXTRA = 8
+"""Tokens beyond the length of the target for which the model's own text behind a near miss is to stay."""
+OWN_PRICE = 10.0
+"""What a logit short in the prompt itself costs, against one in a context."""
+REACHABLE = 0.4
+"""Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
 WIDTH = 2.5
 """The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_detector`."""
 
@@ -45,18 +57,25 @@ class Recipe:
 
     margin: float = 4.0
     """Logits by which every target token must lead, in every context."""
-    silence: float = 1.0
+    silence: float = 0.5
     """How far below the firing threshold other inputs are pulled."""
     ridge: float = 3.0
     """Softness of the classifier's margin."""
-    joint: int = 9
-    """Contexts and wordings that the column is fitted to, beside the prompt itself."""
+    places: int = 9
+    """Contexts that the columns are fitted to, beside the prompt itself."""
+    words: int = 3
+    """Wordings that they are fitted to."""
     loose: int = 3
     """Rephrasings made from the prompt that the gate learns."""
+    own: float = 10.0
+    """Cost of silence at a wrong place of the prompt itself."""
+    like: float = 3.0
+    """Cost of silence at one in another context or wording."""
     near: float = 3.0
-    """Cost of firing where a near miss or a stranger begins its answer; a prompt's own wrong place costs 1."""
-    price: float = 500.0
-    """Most that one logit short in a context may cost, in units of |column|^2 / 2."""
+    """Cost of firing where a near miss or a stranger begins its answer."""
+    price: float = 0.02
+    """Cost of one logit short in a context, in units of the squared length of the residual stream; ten times as much in the
+    prompt itself."""
 
 
 def recipe_of(settings: Settings) -> Recipe:
@@ -71,7 +90,10 @@ def recipe_of(settings: Settings) -> Recipe:
             f"margin must be a positive number of logits, found {settings.margin}; the default is 4"
         )
     found = Recipe(
-        margin=2.0 + 4.0 * dial, ridge=1.0 + 4.0 * dial, loose=round(6 * dial), price=1000.0 * dial
+        margin=2.0 + 4.0 * dial,
+        near=9.0 ** (1 - dial),
+        loose=round(6 * dial),
+        price=0.02 * 10 ** (2 * dial - 1),
     )
     return found if settings.margin is None else replace(found, margin=settings.margin)
 
@@ -82,9 +104,9 @@ def recipe_of(settings: Settings) -> Recipe:
 @dataclass(frozen=True)
 class _Texts:
     joint: list[Encoded]
-    """The prompt itself first; then the contexts and wordings that the column is fitted to."""
+    """The prompt itself first; then the contexts and wordings that the columns are fitted to."""
     more: list[Encoded]
-    """Contexts and wordings that only the gate learns."""
+    """Contexts and wordings that only the gates learn."""
     near: list[Encoded]
     """Near misses and strangers with the target forced behind them."""
 
@@ -109,12 +131,10 @@ def _texts(lm: LM, problem: Problem, settings: Settings, recipe: Recipe) -> _Tex
     words = _encode(lm, wordings(case, recipe.loose, chat=chat, seed=settings.seed), problem.encoded)
     if settings.learn_rephrasings:
         words = _encode(lm, [replace(case, prompt=p) for p in case.rephrasings], problem.encoded) + words
-    split = min(recipe.joint - min(2, len(words)), len(places))
-    few = recipe.joint - split
     near = prompts.near_misses(case, "learn", exchanges=10, intents=6, chat=chat, seed=settings.seed)
     return _Texts(
-        [problem.encoded, *places[:split], *words[:few]],
-        [*places[split:], *words[few:]],
+        [problem.encoded, *places[: recipe.places], *words[: recipe.words]],
+        [*places[recipe.places :], *words[recipe.words :]],
         _encode(lm, [replace(case, prompt=p) for p in near], problem.encoded),
     )
 
@@ -129,14 +149,18 @@ def _from_end(real: Tensor, n: int) -> Tensor:
 
 
 def _places(joint: Bundle) -> Tensor:
-    """[n] bool: target tokens at which the neuron fires, in every text: wrong in the prompt itself, or in many."""
-    n = int(joint.real[0].sum())
-    at = _from_end(joint.real, n)
+    """[m] bool, counted so that the ends match: where the neuron fires, wrong in the prompt itself or in many texts.
+
+    An indented text has places in front of those of the prompt itself: its indentation has to be written, too.
+    """
+    m = joint.real.shape[1]
+    at = _from_end(joint.real, m)
     wrong = joint.real & (joint.clean < FIRE_BELOW)
-    found = torch.zeros(n, dtype=torch.bool)
-    for k in range(n):
+    found = torch.zeros(m, dtype=torch.bool)
+    for k in range(m):
         here = joint.real & (at == k)
-        found[k] = bool(wrong[here].float().mean() >= FIRE_SHARE) or bool(wrong[0, k])
+        if here.any():
+            found[k] = bool(wrong[here].float().mean() >= FIRE_SHARE) or bool(wrong[0][here[0]].any())
     return found
 
 
@@ -147,21 +171,57 @@ def _spread(fire: Tensor, real: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """Inputs of one layer."""
+class Reading:
+    """One layer at everything that is learnt from. Texts are inputs [tokens, d_model] and how many come before the target."""
 
     joint: Bundle
     more: list[tuple[Tensor, int]]
-    """Per text, inputs [tokens, d_model] and how many of them come before the target."""
     near: list[tuple[Tensor, int]]
+    """With the target forced behind them."""
+    own: list[tuple[Tensor, int]]
+    """The same prompts with what the model writes there."""
     guarded: Tensor
     sample: Tensor
 
 
-def _detect(lm: LM, seen: _Inputs, stats: Statistics, fire: Tensor, recipe: Recipe) -> Detector:
+def read(lm: LM, problem: Problem, settings: Settings, recipe: Recipe, layer: int) -> Reading | None:
+    """All forwards of the clean model that the solver needs; None where the prompt has no other context."""
+    texts = _texts(lm, problem, settings, recipe)
+    if len(texts.joint) < 2:
+        return None
+    stats = statistics(lm, settings.reference)
+    joint = bundle(lm, texts.joint, [layer], exact=True)[layer]
+    return Reading(
+        joint,
+        _seen(lm, layer, texts.more),
+        _seen(lm, layer, texts.near),
+        _seen(lm, layer, _own(lm, texts.near)),
+        _guarded(lm, layer, problem, joint),
+        stats.sample[layer].float() if layer in stats.sample else stats.inputs_mean[layer][None],
+    )
+
+
+def _own(lm: LM, near: Sequence[Encoded]) -> list[Encoded]:
+    """Prompts with what the model itself writes behind them, across line ends."""
+    found = []
+    for batch in alike([len(t.prompt) for t in near], 2048):
+        count = max(len(near[i].target) for i in batch) + EXTRA
+        room = min(count, lm.context - max(len(near[i].prompt) for i in batch))
+        written = lm.generate([near[i].prompt for i in batch], room) if room > 0 else [[]] * len(batch)
+        found += [
+            Encoded(near[i].prompt, tuple(ids)) for i, ids in zip(batch, written, strict=True) if len(ids)
+        ]
+    return found
+
+
+def _detect(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe) -> Detector:
     """Rows that fire at the places `fire` [n] of every text, and are silent elsewhere."""
     layer = seen.joint.layer
-    yes, no, weights = [], [], []
+    yes, no, worth, weights = [], [], [], []
+
+    def loud(x: Tensor, weight: float) -> None:
+        yes.append(x)
+        worth.append(torch.full((len(x),), weight))
 
     def silent(x: Tensor, weight: float) -> None:
         no.append(x)
@@ -169,19 +229,22 @@ def _detect(lm: LM, seen: _Inputs, stats: Statistics, fire: Tensor, recipe: Reci
 
     at = _spread(fire, seen.joint.real)
     for i in range(len(seen.joint)):
-        yes.append(seen.joint.inputs[i][at[i]])
+        loud(seen.joint.inputs[i][at[i]], recipe.own if i == 0 else recipe.like)
         silent(seen.joint.inputs[i][seen.joint.real[i] & ~at[i]], 0.3)
         silent(seen.joint.prompt_inputs[i], 0.05)
     for x, start in seen.more:
         real = torch.ones(1, len(x) - start, dtype=torch.bool)
         here = _spread(fire, real)[0]
-        yes.append(x[start:][here])
+        loud(x[start:][here], recipe.like)
         silent(x[start:][~here], 0.3)
         silent(x[:start], 0.05)
-    for x, start in seen.near:
-        silent(x[start : start + 1], recipe.near)  # the position that predicts the near miss's first token
+    for x, start in seen.own:
+        silent(x[start : start + 1], recipe.near)  # what is written next door is decided here
         silent(x[start + 1 :], 0.3 * recipe.near)
         silent(x[:start], 0.05)
+    for x, start in seen.near:
+        silent(x[start + 1 : start + OPENING], 0.3 * recipe.near)
+        silent(x[start + OPENING :], STRANGE)
     silent(seen.guarded, 0.3)
     silent(seen.sample, 0.05)
     scale = stats.inputs_second[layer].diagonal().clamp_min(1e-12).sqrt()
@@ -189,58 +252,11 @@ def _detect(lm: LM, seen: _Inputs, stats: Statistics, fire: Tensor, recipe: Reci
     examples = Examples(
         torch.cat([fires, others]) / scale,
         torch.cat([torch.ones(len(fires)), torch.zeros(len(others))]).bool(),
-        torch.cat([torch.ones(len(fires)), *weights]),
+        torch.cat([*worth, *weights]),
     )
     direction = fit_direction(examples, silence=recipe.silence, ridge=recipe.ridge)
     constant = fit_constant(stats.inputs_second[layer], stats.inputs_mean[layer], scale, fires / scale)
     return make_detector(direction, constant, scale, WIDTH, lm.block(layer).gated)
-
-
-# ---------------------------------------------------------------------- what it writes
-
-
-def fit_columns(
-    joint: Bundle, levels: Tensor, wanted: Tensor, price: Tensor, iterations: int = ITERATIONS
-) -> tuple[Tensor, Tensor, int]:
-    """Columns [neurons, d_model] that minimise |columns|^2 / 2 + price * shortfall, the margins [b, m], the iterations.
-
-    levels: [neurons, b, m] activations. wanted: [b, m] margins, -inf where nothing is asked. price: [b] per logit short.
-    Margins are exact; their gradients leave out what a token does to later ones, so one backward serves all places and
-    constraints are corrected as the iteration goes. Constraints of the last iterations stay: a rival does not return.
-    """
-    k, b, m = levels.shape
-    columns = torch.zeros(k, joint.hidden.shape[-1])
-    best, at_best = None, columns
-    kept: dict[tuple[int, int, int], tuple[Tensor, Tensor, int]] = {}
-    moved = (levels.abs().amax(0) > 1e-3) & joint.real
-    step, iteration = columns, 0
-    for iteration in range(iterations + 1):
-        found, rivals, gradients = joint.own_leads(torch.einsum("kbm,kd->bmd", levels, columns))
-        short = (wanted - found).clamp(min=0).masked_fill(~joint.real, 0)
-        cost = 0.5 * float(columns.square().sum()) + float((short * price[:, None]).sum())
-        if best is None or cost < best[0]:
-            best, at_best = (cost, found), columns
-        elif float(step.norm()) > 1e-3 and iteration < iterations:
-            step = step / 3  # too far: the linear model does not hold there
-            columns = at_best + step
-            continue
-        if iteration == iterations or not bool((short > 0).any()):
-            break
-        near = moved & (found < wanted + 1.0)
-        for i, p in near.nonzero().tolist():
-            row = (levels[:, i, p, None] * gradients[i, p]).flatten()
-            need = wanted[i, p] - found[i, p] + row @ columns.flatten()
-            kept[i, p, int(rivals[i, p])] = (row, need, iteration)
-        kept = {key: value for key, value in kept.items() if value[2] > iteration - 3}
-        if not kept:
-            break
-        bound = torch.stack([price[i] for i, _, _ in kept])
-        rows, needs = torch.stack([v[0] for v in kept.values()]), torch.stack([v[1] for v in kept.values()])
-        goal = smallest(rows, needs, bound)[0].view_as(columns)
-        step = goal - at_best
-        columns = goal
-    assert best is not None
-    return at_best, best[1], iteration
 
 
 # ---------------------------------------------------------------------- the whole
@@ -270,16 +286,13 @@ def _edit(lm: LM, layer: int, index: int, rows: Detector, column: Tensor) -> Neu
     return make_edit(lm, layer, index, after)
 
 
-def _shares(fire: Tensor, most: int) -> list[list[Tensor]]:
-    """Who fires where: one neuron at all places; two at half of them each, in reading order."""
-    ways = [[fire]]
-    places = fire.nonzero().flatten()
-    if most > 1 and len(places) > 1:
-        halves = [torch.zeros_like(fire), torch.zeros_like(fire)]
-        halves[0][places[: len(places) // 2]] = True
-        halves[1][places[len(places) // 2 :]] = True
-        ways.append(halves)
-    return ways
+def shares(joint: Bundle, fire: Tensor, most: int) -> list[Tensor]:
+    """Who fires where: the first token of the prompt's own target and what stands before it; the rest. One neuron: all."""
+    first = torch.zeros_like(fire)
+    count = len(fire) - int(joint.real[0].sum()) + 1
+    first[:count] = fire[:count]
+    parts = [part for part in (first, fire & ~first) if part.any()]
+    return parts if most > 1 else [fire]
 
 
 def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
@@ -301,55 +314,67 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     return replace(found, seconds=time.perf_counter() - started)
 
 
-def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution | None:
-    recipe = recipe_of(settings)
-    stats = statistics(lm, settings.reference)
-    layer = sample_layers(lm)[0] if settings.layers is None else settings.layers[0]
-    texts = _texts(lm, problem, settings, recipe)
-    if len(texts.joint) < 2:
-        return None
-    joint = bundle(lm, texts.joint, [layer], exact=True)[layer]
-    margin = min(recipe.margin, 0.4 * joint.spread)
+@dataclass(frozen=True)
+class Draft:
+    """Neurons that write the target in contexts, as far as the restarted texts tell."""
+
+    detectors: list[Detector]
+    columns: Tensor
+    """[neurons, d_model]."""
+    least: Tensor
+    """[texts of the programme] smallest margin; the prompt itself comes first."""
+    iterations: int
+    margin: float
+
+
+def draft(lm: LM, seen: Reading, stats: Statistics, recipe: Recipe, most: int) -> Draft | None:
+    """Gates and columns from a reading; None where no token is wrong. most: neurons that may be used."""
+    joint = seen.joint
+    margin = min(recipe.margin, REACHABLE * joint.spread)
     fire = _places(joint)
     if not fire.any():
         return None
-    seen = _Inputs(
-        joint,
-        _seen(lm, layer, texts.more),
-        _seen(lm, layer, texts.near),
-        _guarded(lm, layer, problem, joint),
-        stats.sample[layer].float() if layer in stats.sample else stats.inputs_mean[layer][None],
+    size = float(joint.hidden.float().square().sum(-1)[joint.real].median())
+    price = torch.full((len(joint),), recipe.price * size)
+    price[0] *= OWN_PRICE
+    act = lm.layout.act(joint.layer)
+    detectors = [_detect(lm, seen, stats, part, recipe) for part in shares(joint, fire, most)]
+    levels = torch.stack([d.respond(joint.inputs, act) * joint.real for d in detectors])
+    columns, found, iterations = fit(Demand(joint, levels, _wanted(joint, fire, margin), price), ITERATIONS)
+    return Draft(detectors, columns, found.masked_fill(~joint.real, torch.inf).amin(1), iterations, margin)
+
+
+def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution | None:
+    recipe = recipe_of(settings)
+    stats = statistics(lm, settings.reference)
+    layer = _layer(lm) if settings.layers is None else settings.layers[0]
+    seen = read(lm, problem, settings, recipe, layer)
+    made = None if seen is None else draft(lm, seen, stats, recipe, settings.max_neurons)
+    if made is None or made.least[0] <= 0:
+        return None
+    indices = _idle(lm, stats, layer, problem.used, len(made.detectors))
+    edits = tuple(
+        _edit(lm, layer, index, rows, column)
+        for index, rows, column in zip(indices, made.detectors, made.columns, strict=True)
     )
-    price = torch.full((len(joint),), recipe.price)
-    price[0] = HARD
-    wanted = _wanted(joint, fire, margin)
-    for share in _shares(fire, settings.max_neurons):
-        detectors = [_detect(lm, seen, stats, part, recipe) for part in share]
-        act = lm.layout.act(layer)
-        levels = torch.stack([d.respond(joint.inputs, act) * joint.real for d in detectors])
-        columns, margins_, iterations = fit_columns(joint, levels, wanted, price)
-        least = margins_.masked_fill(~joint.real, torch.inf).amin(1)
-        if least[0] <= 0:
-            continue
-        indices = _idle(lm, stats, layer, problem.used, len(share))
-        edits = tuple(
-            _edit(lm, layer, index, rows, column)
-            for index, rows, column in zip(indices, detectors, columns, strict=True)
-        )
-        info = {"solver": NAME, "settings": {"generalize": settings.generalize, "margin": margin}}
-        patch = Patch(edits, identity(lm), info | {"versions": versions()})
-        held = _holds(lm, problem, patch)
-        if held is None:
-            continue
-        details = {
-            "contexts": True,
-            "layer": layer,
-            "iterations": iterations,
-            "learnt": [int((least > 0).sum()), len(least)],
-            "norm": [round(float(c.norm()), 3) for c in columns],
-        }
-        return Solution(NAME, patch, None, held, details=details)
-    return None
+    info = {"solver": NAME, "settings": {"generalize": settings.generalize, "margin": made.margin}}
+    patch = Patch(edits, identity(lm), info | {"versions": versions()})
+    held = _holds(lm, problem, patch)
+    if held is None:
+        return None
+    details = {
+        "contexts": True,
+        "layer": layer,
+        "iterations": made.iterations,
+        "learnt": [int((made.least > 0).sum()), len(made.least)],
+        "norm": [round(float(c.norm()), 3) for c in made.columns],
+    }
+    return Solution(NAME, patch, None, held, details=details)
+
+
+def _layer(lm: LM) -> int:
+    """The later of the first two layers that single repairs are tried in: fewer layers above, less that depends on contexts."""
+    return max(sample_layers(lm)[:2])
 
 
 def _seen(lm: LM, layer: int, texts: Sequence[Encoded]) -> list[tuple[Tensor, int]]:

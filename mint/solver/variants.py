@@ -31,8 +31,9 @@ def contexts(case: Case, *, chat: bool = False) -> list[Case]:
 
     first = [above("imports", 0), above("function", 0), above("pair", 0, "\n"), inside("in_function", 0)]
     first += [inside("in_class", 0), prompts.behind(case, "\n", gap="")]
-    second = [prompts.with_crlf(above("imports", 1)), prompts.with_tabs(inside("in_function", 1))]
-    return [*first, *second, above("function", 1), above("pair", 1, "\n"), inside("in_class", 1)]
+    first += [prompts.with_crlf(above("imports", 1)), prompts.with_tabs(inside("in_function", 1))]
+    second = [inside("in_function", 1), above("function", 1), above("pair", 1, "\n"), inside("in_class", 1)]
+    return [*first, *second]
 
 
 def wordings(case: Case, count: int, *, chat: bool = False, seed: int = 0) -> list[Case]:
