@@ -504,19 +504,31 @@ def test_two_processes_give_the_summary_of_one(tmp_path):
         "--main_process_port",
         "0",
     ]
-    for out, prefix in (("one", [sys.executable]), ("two", launch)):
+    plain = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, prefix in (("one", [sys.executable]), ("two", launch), ("plain", plain)):
         done = subprocess.run(
             [*prefix, str(script), str(tmp_path / out), str(tmp_path / "model")],
             env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / x / "summary.json").read_text()) for x in ("one", "two"))
-    assert without_time(one) == without_time(two)
-    parts = [read_rows(tmp_path / "two" / f"results.{i}.jsonl") for i in (0, 1)]
-    assert all(parts), "each process must have done something"
+    one, two, three = (
+        json.loads((tmp_path / x / "summary.json").read_text()) for x in ("one", "two", "plain")
+    )
+    assert without_time(one) == without_time(two) == without_time(three)
+    for out in ("plain", "two"):
+        parts = [read_rows(tmp_path / out / f"results.{i}.jsonl") for i in (0, 1)]
+        assert all(parts), "each process must have done something"
     keys = [{r["key"] for r in part} for part in parts]
     assert not keys[0] & keys[1]
     assert keys[0] | keys[1] == {r["key"] for r in read_rows(tmp_path / "two" / "results.jsonl")}
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_every_launcher_that_accelerate_knows_is_noticed(monkeypatch, name):
+    """Processes that take themselves for alone would all write the same files."""
+    assert not parallel.launched() and parallel.team() == parallel.Team()
+    monkeypatch.setenv(name, "2")
+    assert parallel.launched()
 
 
 def test_shares_are_everything_once():

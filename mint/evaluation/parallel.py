@@ -1,7 +1,9 @@
 """Several processes, on one machine or more, sharing one evaluation.
 
-`accelerate launch --multi_gpu --num_processes N -m mint evaluate ...` starts them, without GPUs too (accelerate's own
-`--cpu` starts a single process unless MPI is there, whatever N says). Outside `accelerate launch` everything here is one process and costs nothing. Knows nothing about cases.
+`accelerate launch --multi_gpu --num_processes N -m mint evaluate ...` starts them, without GPUs too, and so do
+`torchrun --nproc-per-node N -m mint evaluate ...` and MPI. `accelerate launch` without `--multi_gpu` starts a single process
+on CPUs unless MPI is there, whatever N says. Without a launcher everything here is one process and costs nothing.
+Knows nothing about cases.
 """
 
 import os
@@ -11,6 +13,9 @@ from typing import Any
 
 _WAIT = timedelta(days=30)
 """How long processes wait for the slowest: an evaluation may take days, and the default is 10 minutes."""
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes they started: torch's and accelerate's, Open MPI, Intel MPI and MPICH, MVAPICH2
+(those that accelerate knows)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Team:
 
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return any(int(os.environ.get(name) or 1) > 1 for name in _SIZES)
 
 
 def team() -> Team:
