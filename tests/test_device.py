@@ -10,7 +10,7 @@ from mint.cli import parts
 from mint.evaluation.outcome import outcome_as_dict
 from mint.reference import moments
 from mint.reference.texts import passages
-from mint.session import Hooks, Wishes
+from mint.session import Wishes
 from mint.solver.problem import Settings
 from tests.conftest import same_bits, tiny_lm, weights_of
 
@@ -53,10 +53,12 @@ def short_reference(monkeypatch):
 def repaired(lm, solve="mint", explained=True):
     """A whole repair with all that `mint repair` does around it."""
     wishes = Wishes(settings=Settings(generalize=0.0), solver=solve, any_change=True)
-    hooks = Hooks(parts.quick_attribution(wishes), parts.cause_or_carrier()) if explained else Hooks()
-    return session.repair(
-        lm, [CASE], wishes, solver.named(solve), attribute=hooks.attribute, judge=hooks.judge
-    )
+    explanations = {}
+    if explained:
+        explanations = {
+            "attribute": parts.quick_attribution(wishes), "verdict": parts.cause_or_carrier()
+        }  # fmt: skip
+    return session.repair(lm, [CASE], wishes, solver.named(solve), **explanations)
 
 
 def test_the_device_without_float64_refuses_it():
