@@ -12,6 +12,7 @@ from mint import bank
 from mint import patch as P
 from mint.case import Keep
 from mint.errors import CaseError, PatchError
+from mint.patch.compare import split
 from mint.patch.record import ask_patch, promised
 from mint.rules import repair as repairing
 from mint.rules.check import NOT_NEEDED, check_rule
@@ -225,6 +226,14 @@ def test_a_rule_of_another_tokenizer_is_one_line():
     usable = Row("r", "fault", "x = time.", "perf()", "time()", id="9")
     found, unusable = prepared(lm, Rule("r", (*rows, usable)))
     assert [p.row.id for p in found] == ["9"] and unusable == {NO_ROUND_TRIP: 5}
+
+
+def test_the_record_names_the_neurons_so_that_a_patch_of_rules_can_be_taken_apart(habit_lm, rule, edit):
+    patch = repair_rules(habit_lm, [rule], WISHES, solve=giving(edit)).patch
+    (record,) = patch.info["rules"]
+    assert record["neurons"] == [e.named() for e in patch.edits]
+    (part,) = split(patch)
+    assert part.info["rules"] == [record] and [e.place for e in part.edits] == [e.place for e in patch.edits]
 
 
 def test_only_unseen_faults_of_another_file_prove_anything(habit_lm, rule, edit):

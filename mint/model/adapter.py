@@ -33,8 +33,9 @@ def merge(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     except Exception as error:  # peft raises many kinds
         raise _misfit(adapter, model, error) from None
     if not hasattr(with_adapter, "merge_and_unload") or with_adapter.active_peft_config.is_prompt_learning:
+        kind = with_adapter.active_peft_config.peft_type
         raise ModelError(
-            f"the adapter {adapter} is of the kind {with_adapter.active_peft_config.peft_type.value}, which puts tokens in"
+            f"the adapter {adapter} is of the kind {getattr(kind, 'value', kind)}, which puts tokens in"
             " front of the prompt and has no merged form; give a LoRA adapter, or repair the base alone"
         )
     _check_complete(with_adapter, adapter)

@@ -45,11 +45,12 @@ def _same_start(a: NeuronEdit, b: NeuronEdit) -> bool:
 
 
 def split(patch: Patch) -> list[Patch]:
-    """One patch a recorded case, with the neurons that its record names.
+    """One patch a recorded case or rule, with the neurons that its record names.
 
-    Raises `PatchError` where a neuron belongs to two cases or to none: those cannot be taken apart.
+    Raises `PatchError` where a neuron belongs to two of them or to none: those cannot be taken apart.
     """
-    cases = [c for c in patch.info.get("cases") or [] if isinstance(c, dict)]
+    kinds = [(k, c) for k in ("cases", "rules") for c in patch.info.get(k) or [] if isinstance(c, dict)]
+    cases = [c for _, c in kinds]
     owners: dict[tuple[int, int, int], list[int]] = {e.place: [] for e in patch.edits}
     for number, case in enumerate(cases):
         for place in places_named(case):
@@ -58,18 +59,25 @@ def split(patch: Patch) -> list[Patch]:
     for edit in patch.edits:
         who = owners[edit.place]
         if len(who) != 1:
-            told = "no case" if not who else " and ".join(repr(cases[n].get("id")) for n in who)
+            told = (
+                "no case"
+                if not who
+                else " and ".join(repr(cases[n].get("id", cases[n].get("name"))) for n in who)
+            )
             raise PatchError(
                 f"{edit.where} belongs to {told}, so the patch cannot be taken apart there; keep it whole"
             )
     parts = []
-    for number, case in enumerate(cases):
+    for number, (kind, case) in enumerate(kinds):
         edits = tuple(e for e in patch.edits if owners[e.place] == [number])
         if edits:
-            kept = {k: v for k, v in patch.info.items() if k not in ("cases", "composed_from", "measured")}
-            parts.append(replace(patch, edits=edits, info=kept | {"cases": [case]}))
+            dropped = ("cases", "rules", "composed_from", "measured")
+            kept = {k: v for k, v in patch.info.items() if k not in dropped}
+            parts.append(replace(patch, edits=edits, info=kept | {kind: [case]}))
     if not parts:
-        raise PatchError("the patch records no cases, so there is nothing to take it apart by; keep it whole")
+        raise PatchError(
+            "the patch records no cases and no rules, so there is nothing to take it apart by; keep it whole"
+        )
     return parts
 
 

@@ -298,6 +298,7 @@ class _RuleJob:
             "name": self.rule.name,
             "learn": [{"id": r.id, "prompt": r.prompt, "target": r.target, "wrong": r.wrong} for r in learnt],
             "accept": self.wishes.accept,
+            "neurons": [e.named() for e in change.edits] if isinstance(change, Patch) else [],
             "figures": jsonable(self._result(Attempt(None, None, None, {})).figures),
         }
 
