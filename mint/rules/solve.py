@@ -42,6 +42,8 @@ MARGIN = 4.0
 """Default margin, in logits over the soft maximum of all rivals."""
 PRICE = 3.0
 """Cost of one logit short, in units of the squared length of the residual stream."""
+RAISES = 2
+"""How often that cost may be raised ten-fold, as long as a learn prompt stays wrong."""
 FLOOR = 0.35
 """Least activation at which the column must work at a fault, as a share of the typical one."""
 ITERATIONS = 8
@@ -200,6 +202,12 @@ def _fit(
         wanted = _wanted(few, torch.zeros_like(few.real), margin)
         tasks.append(_task(few, louder, wanted, torch.full((len(heard),), PRICE * size), neurons, lm))
     found = program.fit(tasks, torch.zeros(len(neurons), learn.inputs.shape[2]), ITERATIONS)
+    for _ in range(RAISES):
+        # A price that buys every margin is not known beforehand: raised while a learn prompt would stay wrong.
+        if bool((_smallest(program.margins(tasks[0], 0, found.columns)[0], learn.real) > 0).all()):
+            break
+        tasks = [replace(t, price=10 * t.price) for t in tasks]
+        found = program.fit(tasks, found.columns, ITERATIONS)
     # Leave one text out: the programme of the last iteration without its constraints, the gate without its fold.
     flat = found.columns.flatten()
     without = torch.stack(
