@@ -246,7 +246,7 @@ class Session:
         """Repairs that must stay, oldest first."""
         self._records: list[tuple[str, dict]] = []
         self._admitted: dict[str, tuple[Case, Encoded]] = {}
-        self._clean: specificity.Baseline | None = None
+        self._clean: specificity.CleanOutputs | None = None
         self._ready = self._prepared = False
 
     def __enter__(self) -> "Session":
@@ -354,7 +354,7 @@ class Session:
         if self.wishes.effects:
             self.hooks.say("measuring the model before the repair")
             watched = measured_sequences(self.lm)
-            self._clean = specificity.baseline(self.lm, watched, states=specificity.late_layers(self.lm))
+            self._clean = specificity.clean_outputs(self.lm, watched, states=specificity.late_layers(self.lm))
         prepare = self.hooks.prepare
         return {} if prepare is None else {"statistics": _timed(lambda: prepare(self.lm))[0]}
 

@@ -83,7 +83,7 @@ def main() -> None:
     )
     write_picture(grid, options.out / "fires.svg", force=True)
     whole = P.compose(list(found.values()))
-    clean = specificity.baseline(lm, sequences)
+    clean = specificity.clean_outputs(lm, sequences)
     with P.applied(lm, whole):
         effects = specificity.compare(lm, clean)
     result = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from mint.case import Case, load_cases
 from mint.measure import places
-from mint.measure.specificity import baseline, compare, of_case, of_ids
+from mint.measure.specificity import clean_outputs, compare, of_case, of_ids
 from mint.model.lm import LM, Encoded
 from mint.model.loading import BUILTIN, load_lm
 from mint.model.margins import margins
@@ -151,9 +151,9 @@ def main() -> None:
     settings = Settings(generalize=options.generalize)
     text = (Path(__file__).parent.parent / "mint/data/heldout/code.txt").read_text(encoding="utf-8")
     code = [of_ids(ids) for ids in passages(lm, [p.strip("\n") + "\n" for p in text.split("\n---\n")][:4])]
-    on_code = baseline(lm, code)
+    on_code = clean_outputs(lm, code)
     files = [chosen(lm, path, options.limit, options.seed) for path in options.cases]
-    on_lines = [baseline(lm, [of_case(e) for e in others]) for _, others in files]
+    on_lines = [clean_outputs(lm, [of_case(e) for e in others]) for _, others in files]
     for number in range(
         options.limit
     ):  # a case of each file in turn, so that a run cut short has some of all

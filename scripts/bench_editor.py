@@ -22,7 +22,7 @@ import torch
 
 from mint import guards
 from mint.case import Case, load_cases
-from mint.measure.specificity import baseline, compare, of_case, of_ids
+from mint.measure.specificity import clean_outputs, compare, of_case, of_ids
 from mint.model.lm import LM, Encoded
 from mint.model.loading import BUILTIN, load_lm
 from mint.model.margins import margins
@@ -86,7 +86,9 @@ def watch(lm: LM, others: list) -> tuple:
     text = (Path(__file__).parent.parent / "mint/data/heldout/code.txt").read_text(encoding="utf-8")
     cut = [p.strip("\n") + "\n" for p in text.split("\n---\n")][:8]
     code = [of_ids(ids) for ids in passages(lm, cut)]
-    return baseline(lm, lines, states=sample_layers(lm)), baseline(lm, code, states=sample_layers(lm))
+    return clean_outputs(lm, lines, states=sample_layers(lm)), clean_outputs(
+        lm, code, states=sample_layers(lm)
+    )
 
 
 def side_effects(lm: LM, watched: tuple, since: int | None) -> dict:

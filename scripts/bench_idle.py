@@ -47,7 +47,7 @@ def main() -> None:
     layer = sample_layers(lm)[0]
     energy = written_energy(lm, statistics(lm), layer)
     order = energy.argsort()[: len(energy) // POOLS[-1]].tolist()
-    clean = specificity.baseline(lm, measured_sequences(lm), states=[layer])
+    clean = specificity.clean_outputs(lm, measured_sequences(lm), states=[layer])
     rows = []
     for rank, index in enumerate(order):
         if rank >= 8 and rank % options.every:

@@ -387,7 +387,7 @@ def trial_of(lm: LM, rule: Rule, learn: int) -> Trial:
     return Trial(lm, rule, rows, before, ids, [i for _, i in sorted(order)][:learn])
 
 
-def measure(trial: Trial, method: str, clean: specificity.Baseline) -> dict:
+def measure(trial: Trial, method: str, clean: specificity.CleanOutputs) -> dict:
     """Figures of one method on one rule."""
     started = time.perf_counter()
     with METHODS[method](trial) as (writer, about):
@@ -412,7 +412,7 @@ def run(args: argparse.Namespace) -> None:
     """Every method on every rule, or mint's learn-curve."""
     lm, ledger = load_lm(args.model), Ledger(args.out)
     statistics(lm)
-    clean = specificity.baseline(lm, measured_sequences(lm))
+    clean = specificity.clean_outputs(lm, measured_sequences(lm))
     jobs = [("mint", n) for n in CURVE] if args.curve else [(m, args.learn) for m in args.methods or METHODS]
     for path in args.rules:
         rule = load_rule(path)
@@ -475,7 +475,7 @@ def row(args: argparse.Namespace) -> None:
     """All rules one after another; at checkpoints every rule so far is tested again."""
     lm, ledger = load_lm(args.model), Ledger(args.out)
     statistics(lm)
-    clean = specificity.baseline(lm, measured_sequences(lm))
+    clean = specificity.clean_outputs(lm, measured_sequences(lm))
     earlier: list[Guard] = []
     used: set[tuple[int, int]] = set()
     done: list[tuple[Rule, list[Prompted], int]] = []

@@ -583,7 +583,7 @@ def test_a_signal_ends_the_process_in_one_line(broken, tmp_path, number):
 
 
 @pytest.mark.parametrize("moment", [
-    "mint.model.loading.find_layout", "mint.session.specificity.baseline", "mint.session.verify",
+    "mint.model.loading.find_layout", "mint.session.specificity.clean_outputs", "mint.session.verify",
     "mint.session.specificity.compare", "mint.patch.file.to_bytes", "mint.files.os.fsync", "mint.files.os.replace",
 ])  # fmt: skip
 def test_ctrl_c_in_a_repair_leaves_nothing(fault, capsys, monkeypatch, moment):

@@ -351,7 +351,7 @@ def test_the_layout_of_a_saved_mixture_is_the_same(tmp_path):
 def test_tokens_that_are_sent_to_other_experts_are_counted(mixture):
     lm, layer = mixture, min(mixture.layout.experts)
     sequences = [specificity.of_ids(IDS), specificity.of_ids([7, 8, 9, 10])]
-    clean = specificity.baseline(lm, sequences, states=[1, 2])
+    clean = specificity.clean_outputs(lm, sequences, states=[1, 2])
     assert specificity.compare(lm, clean).routing_changed == 0
     before = [routes(lm, ids) for ids, _, _ in sequences]
     module = lm.module(lm.layout.experts[layer].module)
@@ -373,7 +373,7 @@ def test_tokens_that_are_sent_to_other_experts_are_counted(mixture):
 
 
 def test_a_dense_model_has_no_routing_to_change(lm):
-    clean = specificity.baseline(lm, [specificity.of_ids(IDS)])
+    clean = specificity.clean_outputs(lm, [specificity.of_ids(IDS)])
     assert specificity.compare(lm, clean).routing_changed is None
 
 

@@ -89,7 +89,7 @@ def test_prompts_that_begin_alike_share_their_beginning_inside_the_window(window
 
 def test_side_effects_and_exact_patching_restart_inside_the_window(windowed):
     lm = windowed
-    clean = specificity.baseline(lm, [specificity.of_ids([*PROMPT, *TARGET])], states=[1, 2])
+    clean = specificity.clean_outputs(lm, [specificity.of_ids([*PROMPT, *TARGET])], states=[1, 2])
     assert specificity.compare(lm, clean, since=2).kl_max < 1e-9
     encoded = Encoded(PROMPT, TARGET)
     view = narrowed(lm, encoded)

@@ -7,8 +7,8 @@ from mint.case import Case
 from mint.errors import MintError
 from mint.measure import specificity
 from mint.measure.specificity import (
-    Baseline,
-    baseline,
+    CleanOutputs,
+    clean_outputs,
     compare,
     kl_divergence,
     of_case,
@@ -56,7 +56,7 @@ def naive(lm, patch, measured):
 
 def test_every_family_agrees_with_two_plain_forwards(any_lm):
     measured = sequences(any_lm)
-    clean = baseline(any_lm, measured)
+    clean = clean_outputs(any_lm, measured)
     patch = edit(any_lm)
     with applied(any_lm, patch):
         found = compare(any_lm, clean)
@@ -74,7 +74,7 @@ def test_every_family_agrees_with_two_plain_forwards(any_lm):
 
 
 def test_unchanged_model_measures_exactly_nothing(any_lm):
-    found = compare(any_lm, baseline(any_lm, sequences(any_lm)))
+    found = compare(any_lm, clean_outputs(any_lm, sequences(any_lm)))
     assert (found.argmax_unchanged, found.argmax_broken, found.argmax_newly_right) == (1, 0, 0)
     assert found.kl_max < 1e-10
     assert found.perplexity_ratio == pytest.approx(1, abs=1e-5)
@@ -84,7 +84,7 @@ def test_unchanged_model_measures_exactly_nothing(any_lm):
 def test_starting_at_the_changed_layer_gives_the_same_numbers(any_lm):
     layers = specificity.late_layers(any_lm)
     assert layers == (1, 2)
-    clean = baseline(any_lm, sequences(any_lm), states=layers)
+    clean = clean_outputs(any_lm, sequences(any_lm), states=layers)
     effects = []
     for layer in range(any_lm.n_layers):
         with applied(any_lm, edit(any_lm, layer=layer)):
@@ -95,7 +95,7 @@ def test_starting_at_the_changed_layer_gives_the_same_numbers(any_lm):
 
 
 def test_layers_below_the_change_are_not_run(lm):
-    clean = baseline(lm, sequences(lm), states=(1, 2))
+    clean = clean_outputs(lm, sequences(lm), states=(1, 2))
     runs = []
     handles = [
         lm.module(lm.block(i).out).register_forward_hook(lambda *_, i=i: runs.append(i)) for i in range(3)
@@ -108,15 +108,15 @@ def test_layers_below_the_change_are_not_run(lm):
 
 def test_measuring_leaves_every_bit_and_no_hook(lm):
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
-    compare(lm, baseline(lm, sequences(lm)))
+    compare(lm, clean_outputs(lm, sequences(lm)))
     assert all(torch.equal(before[n], p) for n, p in lm.model.named_parameters())
     assert not lm.module(lm.layout.unembedding)._forward_pre_hooks
 
 
 def test_batching_does_not_matter(lm):
     measured, patch = sequences(lm), edit(lm)
-    alone = baseline(lm, measured, tokens=1)
-    together = baseline(lm, measured, tokens=4096)
+    alone = clean_outputs(lm, measured, tokens=1)
+    together = clean_outputs(lm, measured, tokens=4096)
     with applied(lm, patch):
         a, b = compare(lm, alone), compare(lm, together)
     assert a.argmax_unchanged == b.argmax_unchanged
@@ -124,7 +124,7 @@ def test_batching_does_not_matter(lm):
 
 
 def test_baseline_is_small_whatever_the_vocabulary(lm):
-    clean = baseline(lm, sequences(lm))
+    clean = clean_outputs(lm, sequences(lm))
     assert [h.numel() for h in clean.hidden] == [32 * len(s[1]) for s in clean.sequences]
 
 
@@ -149,13 +149,13 @@ def test_kl_of_equal_logits_is_zero_and_of_opposite_ones_finite():
 def test_broken_counts_only_what_was_right(lm):
     """Targets set to the clean argmax make every change a break; to an impossible token, none."""
     plain = sequences(lm)
-    argmax = token_effects(lm, baseline(lm, plain)).before.tolist()
+    argmax = token_effects(lm, clean_outputs(lm, plain)).before.tolist()
     right, wrong = [], []
     for ids, positions, _ in plain:
         own = [argmax.pop(0) for _ in positions]
         right.append((ids, positions, own))
         wrong.append((ids, positions, [(t + 1) % 257 for t in own]))
-    clean_right, clean_wrong = baseline(lm, right), baseline(lm, wrong)
+    clean_right, clean_wrong = clean_outputs(lm, right), clean_outputs(lm, wrong)
     with applied(lm, edit(lm)):
         all_right, all_wrong = compare(lm, clean_right), compare(lm, clean_wrong)
     assert 0 < all_right.argmax_broken == pytest.approx(1 - all_right.argmax_unchanged)
@@ -164,7 +164,7 @@ def test_broken_counts_only_what_was_right(lm):
 
 
 def test_without_targets_nothing_is_called_right_or_broken(lm):
-    clean = baseline(lm, [(ids, positions, None) for ids, positions, _ in sequences(lm)])
+    clean = clean_outputs(lm, [(ids, positions, None) for ids, positions, _ in sequences(lm)])
     with applied(lm, edit(lm)):
         found = compare(lm, clean)
     assert found.argmax_unchanged < 1
@@ -172,7 +172,7 @@ def test_without_targets_nothing_is_called_right_or_broken(lm):
 
 
 def test_worst_tokens_come_with_their_text(lm):
-    clean = baseline(lm, sequences(lm))
+    clean = clean_outputs(lm, sequences(lm))
     with applied(lm, edit(lm)):
         found = compare(lm, clean, worst=3)
     assert len(found.worst) == 3
@@ -187,13 +187,13 @@ def test_worst_tokens_come_with_their_text(lm):
 
 def test_case_is_measured_at_its_target_only(lm):
     encoded = lm.encode(Case("a", "# x\n", "y = 1\n"))
-    clean = baseline(lm, [of_case(encoded)])
+    clean = clean_outputs(lm, [of_case(encoded)])
     assert clean.tokens == len(encoded.target)
 
 
 def test_bfloat16_is_measured_too():
     lm = tiny_lm("llama", dtype=torch.bfloat16)
-    found = compare(lm, baseline(lm, sequences(lm)))
+    found = compare(lm, clean_outputs(lm, sequences(lm)))
     assert found.argmax_unchanged == 1 and found.kl_max < 1e-6
 
 
@@ -207,18 +207,18 @@ def test_bfloat16_is_measured_too():
 )
 def test_bad_sequences_are_named_in_one_line(lm, bad, line):
     with pytest.raises(MintError, match=line):
-        baseline(lm, [bad])
+        clean_outputs(lm, [bad])
 
 
 def test_nothing_to_measure_is_an_error(lm):
     with pytest.raises(MintError, match="found none"):
-        compare(lm, baseline(lm, []))
+        compare(lm, clean_outputs(lm, []))
 
 
 def test_an_edited_unembedding_is_noticed():
     lm = tiny_lm("llama")
-    clean = baseline(lm, sequences(lm))
+    clean = clean_outputs(lm, sequences(lm))
     lm.parameter(f"{lm.layout.unembedding}.weight").data.mul_(2)
     with pytest.raises(MintError, match="unembedding was changed"):
         compare(lm, clean)
-    assert isinstance(clean, Baseline) and specificity.of_output([1, 2], [3]) == ([1, 2, 3], [1], [3])
+    assert isinstance(clean, CleanOutputs) and specificity.of_output([1, 2], [3]) == ([1, 2, 3], [1], [3])

@@ -19,7 +19,7 @@ from mint.evaluation.ledger import Ledger
 from mint.evaluation.measuring import Yardstick
 from mint.evaluation.progress import progress_bar
 from mint.measure import efficacy, specificity
-from mint.measure.specificity import Baseline
+from mint.measure.specificity import CleanOutputs
 from mint.model.lm import LM
 from mint.model.stop import Stop
 from mint.patch import Patch, compose, load, save
@@ -76,8 +76,8 @@ class InARow:
 class _CleanSequence:
     """The clean model on what the sequence must not disturb."""
 
-    others: Baseline | None
-    code: Baseline
+    others: CleanOutputs | None
+    code: CleanOutputs
     measured_on: str
     pass_at_1: float | None
     """Of the programs, if there are any."""
@@ -211,11 +211,11 @@ def _clean(
     ]
     chosen = measuring.draw(outside, drift.others, stick.seed) if outside else []
     others = (
-        measuring.baseline(lm, [specificity.of_case(stick.encoded[c.id]) for c in chosen])
+        measuring.clean_outputs(lm, [specificity.of_case(stick.encoded[c.id]) for c in chosen])
         if chosen
         else stick.other_tasks
     )
-    code = measuring.baseline(lm, [specificity.of_ids(p) for p in stick.code])
+    code = measuring.clean_outputs(lm, [specificity.of_ids(p) for p in stick.code])
     if drift.programs and key not in ledger:
         ledger.append({"key": key, "pass_at_1": _pass_at_1(lm, drift)})
     passed = ledger.rows[key]["pass_at_1"] if drift.programs else None

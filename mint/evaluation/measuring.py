@@ -22,7 +22,7 @@ from mint.measure import efficacy, generalization, places, specificity
 from mint.measure.efficacy import Forced
 from mint.measure.generalization import Rephrasings
 from mint.measure.places import Places
-from mint.measure.specificity import Baseline
+from mint.measure.specificity import CleanOutputs
 from mint.model.lm import LM, Encoded
 from mint.model.stop import Stop
 from mint.patch import Patch
@@ -195,8 +195,8 @@ class Yardstick:
     cases: tuple[Case, ...]
     """All usable cases: neighbours are drawn from them."""
     encoded: dict[str, Encoded]
-    other_tasks: Baseline | None
-    ordinary: Baseline | None
+    other_tasks: CleanOutputs | None
+    ordinary: CleanOutputs | None
     code: tuple[list[int], ...]
     """All passages of held-out code, as ids; `ordinary` measures some of them."""
     options: Options
@@ -228,8 +228,8 @@ def yardstick(
     return Yardstick(
         tuple(c for c in cases if c.id in encoded),
         encoded,
-        baseline(lm, [specificity.of_case(e) for e in chosen]) if chosen else None,
-        baseline(lm, [specificity.of_ids(p) for p in ordinary]) if ordinary else None,
+        clean_outputs(lm, [specificity.of_case(e) for e in chosen]) if chosen else None,
+        clean_outputs(lm, [specificity.of_ids(p) for p in ordinary]) if ordinary else None,
         tuple(texts),
         options,
         seed,
@@ -237,9 +237,9 @@ def yardstick(
     )
 
 
-def baseline(lm: LM, sequences: specificity.Sequences) -> Baseline:
+def clean_outputs(lm: LM, sequences: specificity.Sequences) -> CleanOutputs:
     """The clean model on some sequences, with states to restart from: edits of late layers are measured fast."""
-    return specificity.baseline(lm, sequences, states=specificity.late_layers(lm))
+    return specificity.clean_outputs(lm, sequences, states=specificity.late_layers(lm))
 
 
 def first_changed_layer(lm: LM, changes: Sequence[Change | None]) -> int | None:
@@ -268,8 +268,8 @@ class CleanFacts:
     rephrasings: Rephrasings
     kept: list[Guard]
     neighbours: tuple[Case, ...]
-    same_task: Baseline | None
-    outputs: Baseline | None
+    same_task: CleanOutputs | None
+    outputs: CleanOutputs | None
     """Neighbours' own greedy outputs."""
     places: Places | None
     """Contexts, wordings and near misses."""
@@ -288,19 +288,21 @@ def clean_facts(lm: LM, case: Case, stick: Yardstick) -> CleanFacts:
         generalization.prepare(lm, case, options.stop),
         guards.collect(lm, case.keep, options.stop),
         tuple(near),
-        baseline(lm, [specificity.of_case(e) for e in near_encoded]) if near else None,
+        clean_outputs(lm, [specificity.of_case(e) for e in near_encoded]) if near else None,
         _outputs(lm, near_encoded[: options.outputs], near[: options.outputs]),
         places.prepare(lm, case, options.stop, seed=stick.seed) if options.contexts else None,
     )
 
 
-def _outputs(lm: LM, encoded: Sequence[Encoded], cases: Sequence[Case]) -> Baseline | None:
+def _outputs(lm: LM, encoded: Sequence[Encoded], cases: Sequence[Case]) -> CleanOutputs | None:
     if not encoded:
         return None
     longest = max(len(e.target) for e in encoded) + 8
     stops = [Stop("line", lines=max(1, c.target.count("\n"))) for c in cases]
     written = lm.generate([e.prompt for e in encoded], longest, stops)
-    return baseline(lm, [specificity.of_output(e.prompt, w) for e, w in zip(encoded, written, strict=True)])
+    return clean_outputs(
+        lm, [specificity.of_output(e.prompt, w) for e, w in zip(encoded, written, strict=True)]
+    )
 
 
 def problem_of(clean: CleanFacts) -> Problem:
@@ -361,7 +363,7 @@ def measure(lm: LM, clean: CleanFacts, solution: Solution, stick: Yardstick) -> 
     }
 
 
-def _side_effects(lm: LM, clean: Baseline | None, since: int | None) -> dict | None:
+def _side_effects(lm: LM, clean: CleanOutputs | None, since: int | None) -> dict | None:
     if clean is None or clean.tokens == 0:
         return None
     return specificity.compare(lm, clean, since=since).as_dict()

@@ -53,7 +53,7 @@ def over_scale(
         patch, info={k: patch.info[k] for k in ("stop", "chat") if k in patch.info} | {"cases": reworded}
     )
     since = min(edit.layer for edit in patch.edits)
-    clean = specificity.baseline(lm, measured_sequences(lm), states=specificity.late_layers(lm))
+    clean = specificity.clean_outputs(lm, measured_sequences(lm), states=specificity.late_layers(lm))
     found = []
     for factor in factors:
         say(f"generating at scale {factor:g}")

@@ -1,6 +1,6 @@
 """Specificity: what a change does to text it was not made for, against the clean model measured before the change.
 
-`baseline` remembers the clean model, `compare` measures the present one. Knows nothing about solvers or files, and
+`clean_outputs` remembers the clean model, `compare` measures the present one. Knows nothing about solvers or files, and
 never writes weights.
 
 What is remembered of the clean model is not its log-probabilities (197 kB a token for a vocabulary of 49 152 in
@@ -52,8 +52,8 @@ def of_output(prompt: Sequence[int], written: Sequence[int]) -> Measured:
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The clean model on some sequences. Made by `baseline`, before anything is edited."""
+class CleanOutputs:
+    """The clean model on some sequences. Made by `clean_outputs`, before anything is edited."""
 
     sequences: tuple[Measured, ...]
     hidden: tuple[Tensor, ...]
@@ -135,9 +135,9 @@ def late_layers(lm: LM) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def baseline(
+def clean_outputs(
     lm: LM, sequences: Sequences, tokens: int = _BATCH_TOKENS, states: Sequence[int] = ()
-) -> Baseline:
+) -> CleanOutputs:
     """Measure the clean model. Call it before the edit.
 
     tokens: padded tokens of one forward (default 512). states: layers whose inputs are remembered too, for
@@ -170,67 +170,65 @@ def baseline(
         routed.append(
             {layer: found.index[rows, columns].sort(-1).values.cpu() for layer, found in sent.items()}
         )
-    return Baseline(sequences, tuple(hidden), _head(lm), batches, tuple(kept), as_tuple, tuple(routed))
+    return CleanOutputs(sequences, tuple(hidden), _head(lm), batches, tuple(kept), as_tuple, tuple(routed))
 
 
 @torch.no_grad()
-def compare(lm: LM, baseline: Baseline, worst: int = 5, since: int | None = None) -> Specificity:
+def compare(lm: LM, clean: CleanOutputs, worst: int = 5, since: int | None = None) -> Specificity:
     """The present model against the clean one.
 
     worst: how many of the most changed tokens to describe with their text. since: the first layer in which anything was
     changed; the layers below the nearest remembered state are then not run again (None: run everything). Raises
-    `MintError` if the unembedding itself was changed: then the baseline means nothing.
+    `MintError` if the unembedding itself was changed: then what was remembered means nothing.
     """
-    return summarize(lm, baseline, token_effects(lm, baseline, since), worst)
+    return summarize(lm, clean, token_effects(lm, clean, since), worst)
 
 
 @torch.no_grad()
-def token_effects(lm: LM, baseline: Baseline, since: int | None = None) -> Tokens:
+def token_effects(lm: LM, clean: CleanOutputs, since: int | None = None) -> Tokens:
     """`compare`, token by token."""
-    if _head(lm) != baseline.head:
+    if _head(lm) != clean.head:
         raise MintError(
-            "the unembedding was changed since the baseline was measured; measure the clean model again"
+            "the unembedding was changed since the clean model was measured; measure the clean model again"
         )
     parts: dict[int, dict[str, Tensor]] = {}
-    for number, batch in enumerate(baseline.batches):
-        old = torch.cat([baseline.hidden[i] for i in batch])
-        rows, columns = _places(baseline.sequences, batch)
+    for number, batch in enumerate(clean.batches):
+        old = torch.cat([clean.hidden[i] for i in batch])
+        rows, columns = _places(clean.sequences, batch)
         with (
-            _restarted(lm, baseline, number, since),
+            _restarted(lm, clean, number, since),
             _at_unembedding(lm, rows, columns, lambda new, old=old: torch.cat([old.to(new), new])),
             record_routes(lm) as sent,
         ):
-            out = lm.model(input_ids=lm.pad([baseline.sequences[i][0] for i in batch]), use_cache=False)
+            out = lm.model(input_ids=lm.pad([clean.sequences[i][0] for i in batch]), use_cache=False)
         before, after = out.logits[0].chunk(2)
-        wanted = torch.tensor(
-            [w for i in batch for w in _targets(baseline.sequences[i])], device=before.device
-        )
+        wanted = torch.tensor([w for i in batch for w in _targets(clean.sequences[i])], device=before.device)
         found = _effects(before, after, wanted)
         found["rerouted"] = torch.zeros(len(rows), dtype=torch.bool)
         for layer, routes in sent.items():  # layers below a restart send every token where they did
             now = routes.index[rows, columns].sort(-1).values.cpu()
-            found["rerouted"] |= (now != baseline.routed[number][layer]).any(-1)
-        sizes = [len(baseline.sequences[i][1]) for i in batch]
+            found["rerouted"] |= (now != clean.routed[number][layer]).any(-1)
+        sizes = [len(clean.sequences[i][1]) for i in batch]
         for name, values in found.items():
             for i, part in zip(batch, values.cpu().split(sizes), strict=True):
                 parts.setdefault(i, {})[name] = part
     ordered = [parts[i] for i in sorted(parts)]
     joined = {name: torch.cat([p[name] for p in ordered]) for name in _FIELDS} if ordered else _NOTHING
     rerouted = torch.cat([p["rerouted"] for p in ordered]) if ordered and lm.layout.experts else None
-    owner = torch.tensor([i for i, s in enumerate(baseline.sequences) for _ in s[1]], dtype=torch.long)
-    position = torch.tensor([p for s in baseline.sequences for p in s[1]], dtype=torch.long)
+    owner = torch.tensor([i for i, s in enumerate(clean.sequences) for _ in s[1]], dtype=torch.long)
+    position = torch.tensor([p for s in clean.sequences for p in s[1]], dtype=torch.long)
     return Tokens(**joined, owner=owner, position=position, rerouted=rerouted)
 
 
 @contextmanager
-def _restarted(lm: LM, baseline: Baseline, number: int, since: int | None) -> Iterator[None]:
+def _restarted(lm: LM, clean: CleanOutputs, number: int, since: int | None) -> Iterator[None]:
     """Within: forwards of this batch start at the last remembered layer that is not above `since`."""
-    usable = [] if since is None else [layer for layer in baseline.states[number] if layer <= since]
+    usable = [] if since is None else [layer for layer in clean.states[number] if layer <= since]
     if not usable:
         yield
         return
-    state = baseline.states[number][max(usable)].to(lm.device)
-    with start_at(lm, max(usable), state, baseline.as_tuple):
+    state = clean.states[number][max(usable)].to(lm.device)
+    with start_at(lm, max(usable), state, clean.as_tuple):
         yield
 
 
@@ -240,7 +238,7 @@ _NOTHING = {
 }
 
 
-def summarize(lm: LM, baseline: Baseline, effects: Tokens, worst: int = 5) -> Specificity:
+def summarize(lm: LM, clean: CleanOutputs, effects: Tokens, worst: int = 5) -> Specificity:
     """One `Specificity` from token effects. Raises `MintError` where nothing was measured."""
     n = len(effects.kl)
     if n == 0:
@@ -263,7 +261,7 @@ def summarize(lm: LM, baseline: Baseline, effects: Tokens, worst: int = 5) -> Sp
         sequences_unchanged=1 - touched / measured,
         tokens=n,
         routing_changed=None if effects.rerouted is None else int(effects.rerouted.sum()) / n,
-        worst=[_describe(lm, baseline, effects, i) for i in _worst_first(effects)[:worst]],
+        worst=[_describe(lm, clean, effects, i) for i in _worst_first(effects)[:worst]],
     )
 
 
@@ -377,9 +375,9 @@ def _worst_first(effects: Tokens) -> list[int]:
     return sorted(order, key=lambda i: (*(-value for value in rank[i]), i))
 
 
-def _describe(lm: LM, baseline: Baseline, effects: Tokens, i: int) -> dict:
+def _describe(lm: LM, clean: CleanOutputs, effects: Tokens, i: int) -> dict:
     owner, position = int(effects.owner[i]), int(effects.position[i])
-    ids = list(baseline.sequences[owner][0][: position + 1])
+    ids = list(clean.sequences[owner][0][: position + 1])
     wanted = int(effects.wanted[i])
     return {
         "sequence": owner,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint.solver.bundle import Bundle, judge
+from mint.solver.bundle import Bundle, accepted_margins
 from mint.solver.qp import smallest
 
 _TRIES = 10
@@ -80,7 +80,7 @@ def writes(task: Task, scenario: int, columns: Tensor) -> Tensor:
 def margins(task: Task, scenario: int, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Margins [b, m] over the best rival, and over the soft maximum of all rivals."""
     b = task.bundle
-    found, soft = judge(b.logits(writes(task, scenario, columns)), b.accepted())
+    found, soft = accepted_margins(b.logits(writes(task, scenario, columns)), b.accepted())
     out = torch.zeros(2, *b.real.shape)
     out[0][b.real], out[1][b.real] = found, soft
     return out[0], out[1]

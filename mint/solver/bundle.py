@@ -102,7 +102,7 @@ class Bundle:
                 logits = self._forward(write)
             finally:
                 handle.remove()
-            margin = judge(logits, self.accepted())[1]
+            margin = accepted_margins(logits, self.accepted())[1]
             found[rows, columns] = margin.detach()
             want = want & self.real & (found < below)
             asked = want[rows, columns]
@@ -131,7 +131,7 @@ class Bundle:
             first = [len(self.prompt_inputs[i]) for i in batch]
             columns = torch.tensor([first[k] + p for k, _, p in places])
             logits = suffix_logits(self.lm, self.layer, hidden, self.as_tuple, rows, columns).cpu()
-            found, _ = judge(logits, [accepted[i, p] for _, i, p in places])
+            found, _ = accepted_margins(logits, [accepted[i, p] for _, i, p in places])
             out[[i for _, i, _ in places], [p for _, _, p in places]] = found
         return out
 
@@ -177,7 +177,7 @@ class Bundle:
             return lm.model(input_ids=ids, **options).logits[0].float().cpu()
 
 
-def judge(logits: Tensor, accepted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def accepted_margins(logits: Tensor, accepted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Margins [n] of accepted ids in logits [n, vocab], over the best rival, and over the soft maximum of all rivals."""
     rivals = torch.stack(
         [row.index_fill(0, ids, -torch.inf) for row, ids in zip(logits, accepted, strict=True)]
@@ -239,7 +239,7 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int], exact: bool 
             token = texts[i].target[-1]
             if token in endings:
                 alone[int(end)] = endings[token]
-        margins, softs = judge(logits, alone)
+        margins, softs = accepted_margins(logits, alone)
         at = 0
         for k, i in enumerate(batch):
             n, start = len(texts[i].target), starts[i]

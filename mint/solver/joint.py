@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint.solver.bundle import Bundle, judge
+from mint.solver.bundle import Bundle, accepted_margins
 from mint.solver.qp import smallest
 
 STEPS = (1.0, 0.5, 0.25, 0.12, 0.05)
@@ -47,7 +47,9 @@ class Demand:
         """[b, m] over the best rival, and over the soft maximum of all rivals."""
         found = torch.zeros(2, *self.bundle.real.shape)
         for kind, values in zip(
-            found, judge(self.bundle.logits(self.writes(columns)), self.bundle.accepted()), strict=True
+            found,
+            accepted_margins(self.bundle.logits(self.writes(columns)), self.bundle.accepted()),
+            strict=True,
         ):
             kind[self.bundle.real] = values
         return found[0], found[1]

@@ -1,4 +1,4 @@
-"""Baseline: plain gradient descent on all feed-forward output matrices until the target is the argmax everywhere.
+"""CleanOutputs: plain gradient descent on all feed-forward output matrices until the target is the argmax everywhere.
 
 Follows the `finetune` baseline beside STAR (Gu et al., arXiv 2503.12899, section on baselines): SGD, learning rate
 1e-2, cross-entropy of the whole target, FFN output matrices of every layer. Differs deliberately: it stops at the

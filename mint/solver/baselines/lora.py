@@ -1,4 +1,4 @@
-"""Baseline: a LoRA of rank 8 on all feed-forward output matrices (Hu et al., arXiv 2106.09685, section 4), by peft,
+"""CleanOutputs: a LoRA of rank 8 on all feed-forward output matrices (Hu et al., arXiv 2106.09685, section 4), by peft,
 trained on the target with Adam and merged into the matrices.
 
 Usual practice, no paper's recipe for repair: alpha = 2 x rank, no dropout, learning rate 2e-3, mean cross-entropy of

@@ -1,4 +1,4 @@
-"""Baseline: MINT as published (Gu, Aleti, Chen, Zhang, "Neuron Patching", arXiv 2312.05356, sections on locating,
+"""CleanOutputs: MINT as published (Gu, Aleti, Chen, Zhang, "Neuron Patching", arXiv 2312.05356, sections on locating,
 semantic estimation and planning), from a description of the method and of its authors' settings.
 
 Followed: the target is walked token by token with the true prefix, right tokens are left alone; neurons of the upper

@@ -1,4 +1,4 @@
-"""Baseline: a key/value edit of one output matrix, after ROME (Meng et al., arXiv 2202.05262, section 3.1 and
+"""CleanOutputs: a key/value edit of one output matrix, after ROME (Meng et al., arXiv 2202.05262, section 3.1 and
 equation 2) with several keys as in MEMIT (arXiv 2210.07229, section 4.2 and equation 14).
 
 Followed: keys are neuron activations k_i of one layer, C = E[n n'] of that layer over reference text; the change of the

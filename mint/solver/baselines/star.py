@@ -1,4 +1,4 @@
-"""Baseline: STAR, batch mode (Gu, Aleti, Chen, Zhang, "STAR: semantic-targeted repair", arXiv 2503.12899, method
+"""CleanOutputs: STAR, batch mode (Gu, Aleti, Chen, Zhang, "STAR: semantic-targeted repair", arXiv 2503.12899, method
 section: steering by semantics, prior by least squares, sign from the gradient), from a description of the method.
 
 Followed: all tokens of the target at once; the steering vector of a token is the difference of two rows of the
