@@ -8,6 +8,7 @@ import torch
 
 from mint.attribution.faults import Fault
 from mint.attribution.linear import linear_scores
+from mint.model import precision
 from mint.model.precision import fast, in_dtype, is_slow
 from mint.model.suffix import only_tokens
 from mint.reference import statistics
@@ -115,3 +116,8 @@ def test_a_bfloat16_model_is_repaired_from_the_command_line(tmp_path, capsys):
     from safetensors.torch import load_file
 
     assert {t.dtype for t in load_file(out).values()} == {torch.bfloat16}
+
+
+def test_a_torch_that_does_not_know_the_cpu_is_no_error(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert precision.in_hardware() is False

@@ -36,7 +36,8 @@ def fast(lm: LM) -> Iterator[None]:
 
 def in_hardware() -> bool:
     """Whether this CPU has instructions for products of bfloat16 matrices: about four times as fast as float32 there."""
-    known = torch.cpu.get_capabilities()
+    tell = getattr(torch.cpu, "get_capabilities", None)  # older versions of torch do not know
+    known = tell() if tell is not None else {}
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
