@@ -36,7 +36,7 @@ from mint.model.loading import BUILTIN, load_lm
 from mint.patch import Patch, make_edit
 from mint.reference import statistics
 from mint.rules.cut import settle
-from mint.rules.figures import Line, Prompted, count_faults, count_kept, prepared, write_all
+from mint.rules.figures import Prompted, count_faults, count_kept, lines_of, prepared, write_all
 from mint.rules.judge import text_of
 from mint.rules.mine import Search, mine
 from mint.rules.rule import Rule, dump_rule, load_rule
@@ -394,7 +394,7 @@ def measure(trial: Trial, method: str, clean: specificity.CleanOutputs) -> dict:
         seconds = time.perf_counter() - started
         after = writer(trial.rows)
         effects = None if about.get("runtime") else specificity.compare(trial.lm, clean)
-    lines = [Line(p.row, b, a) for p, b, a in zip(trial.rows, trial.before, after, strict=True)]
+    lines = lines_of(trial.rows, trial.before, after)
     learnt = set(trial.learnt)
     return {
         "learn": count_faults([x for i, x in enumerate(lines) if i in learnt], {}),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mint.model.lm import LM
 from mint.patch import Patch
-from mint.rules.figures import Line, count_faults, count_kept, prepared, write_all
+from mint.rules.figures import Line, count_faults, count_kept, lines_of, prepared, write_all
 from mint.rules.judge import judge_named
 from mint.rules.repair import check_rules
 from mint.rules.rule import Rule
@@ -102,5 +102,5 @@ def check_rule(
             for patch in patches:
                 edits.enter_context(changed(lm, patch))
             after, _ = write_all(lm, rows)
-    lines = tuple(Line(p.row, b, a) for p, b, a in zip(rows, before, after, strict=True))
+    lines = lines_of(rows, before, after)
     return Checked(rule, lines, accept, bool(patches), tuple(judges), skipped)

@@ -82,6 +82,11 @@ class Line:
         }
 
 
+def lines_of(rows: Sequence[Prompted], before: Sequence[str], after: Sequence[str]) -> tuple[Line, ...]:
+    """What became of the rows, from what is written behind each of them."""
+    return tuple(Line(p.row, b, a) for p, b, a in zip(rows, before, after, strict=True))
+
+
 # ---------------------------------------------------------------------- rows
 
 

@@ -125,8 +125,8 @@ def habit_of(prompts: Sequence[Sequence[int]], wrong: Collection[tuple[int, ...]
     """The habit that learn prompts show: up to `OPENING` tokens that all of them end in, then one of the wrong texts."""
     opening: tuple[int, ...] = ()
     for n in range(1, OPENING + 1):
-        ends = {tuple(p[-n:]) for p in prompts if len(p) >= n}
-        if len(ends) != 1 or len(next(iter(ends))) < n or any(len(p) < n for p in prompts):
+        ends = {tuple(p[-n:]) for p in prompts}
+        if len(ends) != 1 or min(map(len, ends)) < n:
             break
         opening = next(iter(ends))
     # One token alone, such as a bracket, is everywhere.

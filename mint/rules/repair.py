@@ -21,7 +21,7 @@ from mint.model.lm import LM, Encoded
 from mint.patch import Patch
 from mint.reference import statistics
 from mint.rules.cut import encode_row, settle
-from mint.rules.figures import Line, Prompted, count_faults, count_kept, prepared, write_all
+from mint.rules.figures import Line, Prompted, count_faults, count_kept, lines_of, prepared, write_all
 from mint.rules.judge import judge_named
 from mint.rules.mine import FEW, too_few
 from mint.rules.rule import Row, Rule
@@ -232,7 +232,7 @@ class _RuleJob:
         )
 
     def _lines(self) -> tuple[Line, ...]:
-        return tuple(Line(p.row, b, a) for p, b, a in zip(self.rows, self.before, self.after, strict=True))
+        return lines_of(self.rows, self.before, self.after)
 
     # ------------------------------------------------------------------ what a session calls
 
