@@ -40,7 +40,7 @@ ALREADY_RIGHT = "the model already writes the target; no patch is needed"
 
 SETTINGS_MARGINS = (5.0, 10.0, 20.0)
 """Logit margins tried one after another where a repair does not hold under the model's own generation settings: a
-repetition penalty of 1.1 takes a tenth of the logit of a token that was seen before."""
+repetition penalty of 1.1 takes a tenth of the logit of a token that was seen before, of one that is right already, too."""
 
 REROUTED = 0.1
 """In a mixture of experts, the largest share of tokens of other text that a repair may send to other experts in some layer:
@@ -416,7 +416,7 @@ class Session:
         for margin in SETTINGS_MARGINS:
             if job.bent and margin > (job.settings.margin or 0):
                 self.hooks.say(f"{case.id}: again with a margin of {margin:g}, for the model's own settings")
-                job = _CaseJob(self, case, encoded, before, replace(job.settings, margin=margin))
+                job = _CaseJob(self, case, encoded, before, replace(job.settings, margin=margin, firm=True))
                 attempt = self.attempt(job)
         return job.repair(attempt, timing)
 
@@ -582,7 +582,7 @@ def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
     written = lm.write(problem.encoded, problem.case)
     if written != problem.case.target:
         raise Refused(f"the edited model writes {quoted(written)} instead of {quoted(problem.case.target)}")
-    for name in wishes.verify_dtypes:
+    for name in dict.fromkeys((*wishes.verify_dtypes, *([lm.served] if lm.served else []))):
         with in_dtype(lm, DTYPES[name]):
             other = lm.write(problem.encoded, problem.case)
         if other != problem.case.target:

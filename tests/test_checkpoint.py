@@ -50,8 +50,8 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def patched_weights(folder, patch):
-    lm = load_lm(str(folder))
+def patched_weights(folder, patch, dtype="auto"):
+    lm = load_lm(str(folder), dtype=dtype)
     with P.applied(lm, patch):
         return weights_of(lm)
 
@@ -385,30 +385,29 @@ def says(model: Path, dtype: str) -> Path:
 def test_a_bf16_patch_goes_into_a_f32_file_of_the_same_values_and_back(tmp_path):
     model = saved(tmp_path / "m", dtype=torch.bfloat16)
     rewritten(model, lambda t: {k: v.float() for k, v in t.items()})
-    clean, lm = weight_hashes(model), load_lm(str(model))
-    assert lm.dtype == torch.bfloat16
+    clean, lm = weight_hashes(model), load_lm(str(model), dtype="bfloat16")
     patch = random_patch(lm)
-    wanted = patched_weights(model, patch)
+    wanted = patched_weights(model, patch, "bfloat16")
     C.apply(model, patch)
-    assert same_bits(weights_of(load_lm(str(model))), wanted)
+    assert same_bits(weights_of(load_lm(str(model), dtype="bfloat16")), wanted)
     C.revert(model, patch)
     assert weight_hashes(model) == clean
 
 
 def test_files_that_hold_more_than_the_patch_name_the_dtype_that_works(tmp_path):
     model = says(saved(tmp_path / "m"), "bfloat16")
-    patch = random_patch(load_lm(str(model)))
+    patch = random_patch(load_lm(str(model), dtype="bfloat16"))
     unchanged(tmp_path, lambda: C.apply(model, patch), match="repair again with --dtype float32")
-    C.apply(model, random_patch(load_lm(str(model), dtype="float32")))
+    C.apply(model, random_patch(load_lm(str(model))))
 
 
 def test_a_file_that_cannot_hold_the_patch_names_the_dtype_that_works(tmp_path):
     model = says(saved(tmp_path / "m", dtype=torch.bfloat16), "float32")
-    patch = random_patch(load_lm(str(model)))
+    patch = random_patch(load_lm(str(model), dtype="float32"))
     unchanged(
         tmp_path, lambda: C.apply(model, patch), match="cannot hold .* repair again with --dtype bfloat16"
     )
-    C.apply(model, random_patch(load_lm(str(model), dtype="bfloat16")))
+    C.apply(model, random_patch(load_lm(str(model))))
 
 
 def test_eight_bit_files_are_refused(tmp_path):

@@ -793,6 +793,89 @@ def test_names_that_are_no_model(tmp_path):
     refused(tmp_path / "hub", "config.json is missing; give --model .*snapshots/abc")
 
 
+def run_advice(line: str) -> None:
+    """Run the `python -c "..."` at the end of a message, here."""
+    exec(shlex.split(line[line.index(": python ") + 9 :])[1], {})
+
+
+def in_fp8(folder: Path, block: int = 16) -> dict[str, torch.Tensor]:
+    """Store the matrices of a saved model in float8 with a scale a block, as DeepSeek V3 does; returns what was there."""
+    before, after = load_file(folder / "model.safetensors"), {}
+    for key, value in before.items():
+        after[key] = value.bfloat16()
+        if "proj" in key and value.dim() == 2 and not any(n % block for n in value.shape):
+            rows, width = value.shape
+            blocks = value.reshape(rows // block, block, width // block, block)
+            scale = blocks.abs().amax((1, 3)) / 448
+            after[key] = (blocks / scale[:, None, :, None]).reshape(rows, width).to(torch.float8_e4m3fn)
+            after[key.replace(".weight", ".weight_scale_inv")] = scale
+    save_file({k: v.contiguous() for k, v in after.items()}, folder / "model.safetensors", {"format": "pt"})
+    how = {"activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [block, block]}
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"} | how, dtype="bfloat16")
+    return before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_float8_with_scales_is_refused_and_the_advice_works(tmp_path, family, monkeypatch):
+    folder = saved(tmp_path / "m", family)
+    before = in_fp8(folder, 8)
+    line = refused(
+        folder, "is quantised .fp8., and no patch can be written into such weights; save a copy in bfloat16"
+    )
+    monkeypatch.chdir(tmp_path)
+    run_advice(line)
+    lm = load_lm(str(tmp_path / "m-bfloat16"))
+    assert lm.dtype == torch.bfloat16 and not lm.saved.unused and not lm.notes
+    found, wanted = (
+        lm.parameter("model.layers.1.self_attn.v_proj.weight").float(),
+        before["model.layers.1.self_attn.v_proj.weight"],
+    )
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max(), "the scales are used"
+
+
+def test_quantisation_that_is_switched_off_or_says_nothing(tmp_path):
+    folder = saved(tmp_path / "m")
+    off = {"load_in_4bit": False, "load_in_8bit": False}
+    edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"} | off)
+    assert load_lm(str(folder)).n_layers == 3, "transformers loads it, too"
+    edit_json(
+        folder / "config.json",
+        quantization_config={"quant_method": "bitsandbytes"} | off | {"load_in_4bit": True},
+    )
+    refused(folder, "is quantised .bitsandbytes.; load the unquantised model")
+    for found in (off, {}):
+        edit_json(folder / "config.json", quantization_config=found)
+        refused(folder, "names no quant_method, .* take quantization_config out of config.json")
+    edit_json(folder / "config.json", quantization_config=None)
+    assert load_lm(str(folder)).n_layers == 3, "the advice works"
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin", "shards"])
+def test_weights_of_a_variant_are_not_read_and_the_advice_works(tmp_path, ending, monkeypatch):
+    folder = tmp_path / "m"
+    tiny_model("llama").half().save_pretrained(
+        folder, variant="fp16", max_shard_size="40KB" if ending == "shards" else "1GB"
+    )
+    byte_tokenizer().save_pretrained(folder)
+    if ending == "bin":
+        torch.save(load_file(folder / "model.fp16.safetensors"), folder / "pytorch_model.fp16.bin")
+        (folder / "model.fp16.safetensors").unlink()
+    line = refused(folder, r"it holds the variant 'fp16' \(.*fp16.*\); save it as a model of its own: python")
+    monkeypatch.chdir(tmp_path)
+    run_advice(line)
+    lm = load_lm(str(tmp_path / "m-fp16"))
+    assert lm.dtype == torch.float16 and lm.n_layers == 3
+
+
+def test_a_model_without_layers_is_refused_for_that(tmp_path):
+    folder = saved(tmp_path / "m")
+    edit_json(folder / "config.json", num_hidden_layers=0)
+    refused(
+        folder,
+        "config.json of .* gives the model 0 layers .num_hidden_layers., and mint changes neurons of layers",
+    )
+
+
 @pytest.mark.parametrize("kind", ["float8", "config", "float64"])
 def test_weights_in_a_format_that_no_patch_can_be_written_in_are_refused_and_the_advice_works(
     tmp_path, kind, monkeypatch
@@ -805,13 +888,35 @@ def test_weights_in_a_format_that_no_patch_can_be_written_in_are_refused_and_the
     if kind == "config":
         edit_json(folder / "config.json", dtype="float8_e4m3fn")
     line = refused(folder, "holds its feed-forward weights as .*, in which no patch can be written exactly")
-    if kind == "config":
-        return  # what transformers cannot load, it cannot save
     monkeypatch.chdir(tmp_path)
-    exec(shlex.split(line[line.index(": python ") + 9 :])[1], {})
+    run_advice(line)
     copy = tmp_path / ("m-float32" if kind == "float64" else "m-bfloat16")
     lm = load_lm(str(copy))
     assert lm.dtype == (torch.float32 if kind == "float64" else torch.bfloat16) and lm.n_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+)
+def test_files_in_another_dtype_than_config_says_are_repaired_as_stored_and_proved_in_both(
+    tmp_path, stored, said, capsys
+):
+    folder = saved(tmp_path / "m", dtype=getattr(torch, stored))
+    edit_json(folder / "config.json", dtype=said)
+    patch, fixed = tmp_path / "fix.safetensors", tmp_path / "fixed"
+    texts = ["-p", "# sort list l\n", "-t", "l.pop()\n", "--no-contexts", "--no-explain", "--out", str(patch)]
+    code = main(["repair", "-m", str(folder), *texts])
+    told = capsys.readouterr().err
+    assert f"the files hold {stored}, and config.json says {said}: loaded in {stored}" in " ".join(
+        told.split()
+    )
+    assert code == 0 and main(["apply", str(patch), "-m", str(folder), "--out", str(fixed)]) == 0
+    tokenizer = byte_tokenizer()
+    for dtype in (stored, said):
+        model = T.AutoModelForCausalLM.from_pretrained(fixed, dtype=dtype).eval()
+        ids = tokenizer("# sort list l\n", return_tensors="pt").input_ids
+        written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert tokenizer.decode(written) == "l.pop()\n", dtype
 
 
 def test_float8_elsewhere_does_not_matter(tmp_path):

@@ -85,6 +85,8 @@ class LM:
     """What the user should know about how the model was read, one line each."""
     saved: Saved = Saved("a model made in memory", None, {}, {})
     """What the model's files say."""
+    served: str | None = None
+    """The dtype in which servers load the model, where config.json asks for another than the files hold."""
     expert_maps: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     """Linear maps of single experts, by the names that the layout's blocks give them (experts.py)."""
     _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)

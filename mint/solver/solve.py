@@ -127,7 +127,7 @@ class _Task:
     clean: CleanRun
     target: Tensor
     fire: Tensor
-    """[n] bool: positions where the neuron must act, since the target token does not lead by half a logit."""
+    """[n] bool: positions where the neuron must act, since the target token does not lead by half a logit (`firm`: by the margin)."""
     wanted: Tensor
     """[n] margins to reach: the recipe's where the neuron fires; elsewhere half of what is there, at most the recipe's."""
 
@@ -152,7 +152,7 @@ def _prepare(lm: LM, problem: Problem, settings: Settings, layers: Sequence[int]
     # A margin is a number of logits; small or young models have logits too close together to give it.
     spread = float((clean.logits.amax(1) - clean.logits.mean(1)).mean())
     recipe = replace(recipe, margin=min(recipe.margin, REACHABLE * spread))
-    fire = found < min(recipe.margin, 0.5)
+    fire = found < (recipe.margin if settings.firm else min(recipe.margin, 0.5))
     margin = torch.tensor(recipe.margin)
     wanted = torch.where(fire, margin, torch.minimum(margin, found) / 2)
     return _Task(lm, problem, settings, recipe, stats, clean, target, fire, wanted)
