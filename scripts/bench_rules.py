@@ -7,7 +7,8 @@
 
 `mine` writes one rule file for each of `RULES`; `--calls FILE` adds code from a JSON Lines file with `before` and `line`.
 `run` measures every method on every rule and prints a table; `--curve` measures mint for 1, 2, 4, 8 and 16 learn prompts.
-`row` repairs all rules one after another and tests all of them again after 1, 5, 10 and 20. Rows are written as they
+`row` repairs all rules one after another (the first `--limit` of them), as `mint repair --rule` does, and tests all of them
+again after `--at` 1, 5, 10 and 20 and at the end; what it refuses counts as the model is without it. Rows are written as they
 are measured, and the same command goes on where it stopped. Everything is free greedy generation; `changed` and
 `broken` are shares of the tokens of the lines that ship for measuring (argmax, with the text fed in). Settings of the
 competitors are chosen on the learn prompts, or are those of their papers; `dev` rules may be used to choose ours.
@@ -18,7 +19,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from mint.case import Case
 from mint.errors import MintError
 from mint.evaluation.ledger import Ledger
 from mint.files import write_file
-from mint.guards import EARLIER, Guard
 from mint.measure import specificity
 from mint.model.lm import LM
 from mint.model.loading import BUILTIN, load_lm
@@ -39,9 +39,10 @@ from mint.rules.cut import settle
 from mint.rules.figures import Prompted, count_faults, count_kept, lines_of, prepared, write_all
 from mint.rules.judge import text_of
 from mint.rules.mine import Search, mine
+from mint.rules.repair import RuleRepair, RuleWishes, repair_rules
 from mint.rules.rule import Rule, dump_rule, load_rule
 from mint.rules.solve import RuleSettings, solve_rule
-from mint.session import measured_sequences
+from mint.session import Session, measured_sequences
 from mint.solver.baselines import star
 from mint.solver.baselines.random_controls import random_direction
 from mint.solver.problem import Problem, Settings, changed, put_in, take_out
@@ -72,7 +73,6 @@ RULES = {
 }
 """name -> (wrong, right, `dev` where settings may be chosen on it)."""
 CURVE = (1, 2, 4, 8, 16)
-CHECKPOINTS = (1, 5, 10, 20)
 STEPS, RATE, RANK = 30, 5e-3, 8
 """Of the adapters: what EDAPIBench (arXiv 2511.21022) uses, one prompt there, all learn prompts here."""
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
@@ -472,42 +472,42 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def row(args: argparse.Namespace) -> None:
-    """All rules one after another; at checkpoints every rule so far is tested again."""
+    """Rules one after another in one session, as `mint repair --rule` does it; at checkpoints all so far are tested again."""
     lm, ledger = load_lm(args.model), Ledger(args.out)
-    statistics(lm)
-    clean = specificity.clean_outputs(lm, measured_sequences(lm))
-    earlier: list[Guard] = []
-    used: set[tuple[int, int]] = set()
-    done: list[tuple[Rule, list[Prompted], int]] = []
-    with ExitStack() as edits:
-        for number, path in enumerate(args.rules, start=1):
-            trial = trial_of(lm, load_rule(path), args.learn)
-            targets = trial.targets
-            solution = solve_rule(
-                lm, targets, trial.keep, RuleSettings(),
-                wrong=[p.cut.wrong_ids for p in trial.learn],
-                earlier=[g.encoded for g in earlier], used=frozenset(used),
-            )  # fmt: skip
-            if isinstance(solution.change, Patch):
-                edits.enter_context(changed(lm, solution.change))
-                used |= {(e.layer, e.index) for e in solution.change.edits}
-                earlier += [
-                    Guard(t, EARLIER, p.row.id, p.row.target)
-                    for t, p in zip(targets, trial.learn, strict=True)
-                ]
-            unseen = [p for p in trial.rows if p.row.role == "fault" and p.row.split == "unseen"]
-            done.append((trial.rule, unseen, trial.right(trial.write, unseen)))
-            if number in CHECKPOINTS or number == len(args.rules):
-                now = {
-                    rule.name: (trial.right(trial.write, rows), first, len(rows))
-                    for rule, rows, first in done
-                }
-                effects = specificity.compare(lm, clean)
-                ledger.append(
-                    {"key": f"row {number}", "rules": number, "right now, at first, of": now,
-                     "changed": 1 - effects.argmax_unchanged, "broken": effects.argmax_broken}
-                )  # fmt: skip
-                print(json.dumps(ledger.rows[f"row {number}"]), flush=True)
+    rules = [load_rule(path) for path in args.rules[: args.limit]]
+    done: list[tuple[str, list[Prompted], int]] = []
+    refused: dict[str, str] = {}
+
+    def after(session: Session, one: RuleRepair) -> None:
+        unseen = one.part("fault", "unseen")
+        if one.reason is not None:
+            refused[one.rule.name] = one.reason
+        right = sum(x.right_after if one.success else x.right_before for x in unseen)
+        faults = [p for p in prepared(lm, one.rule)[0] if p.row.role == "fault" and p.row.split == "unseen"]
+        done.append((one.rule.name, faults, right))
+        print(f"{one.rule.name}: {right}/{len(faults)} {one.reason or one.note or ''}", flush=True)
+        if len(done) not in args.at and len(done) < len(rules):
+            return
+        now = {
+            name: (
+                sum(
+                    t.startswith(p.row.target or "\0")
+                    for t, p in zip(write_all(lm, rows)[0], rows, strict=True)
+                ),
+                first,
+                len(rows),
+            )
+            for name, rows, first in done
+        }
+        effects = session.effects()
+        ledger.append(
+            {"key": f"row {len(done)}", "rules": len(done), "right now, at first, of": now, "refused": dict(refused),
+             "changed": 0.0 if effects is None else 1 - effects.argmax_unchanged,
+             "broken": 0.0 if effects is None else effects.argmax_broken}
+        )  # fmt: skip
+        print(json.dumps(ledger.rows[f"row {len(done)}"]), flush=True)
+
+    repair_rules(lm, rules, RuleWishes(learn=args.learn, accept=args.accept), after=after)
 
 
 def mine_all(args: argparse.Namespace) -> None:
@@ -558,6 +558,16 @@ def main() -> None:
             continue
         command.add_argument("rules", nargs="+")
         command.add_argument("--learn", type=int, default=8)
+        if name == "row":
+            command.add_argument("--limit", type=int, help="only the first so many rules")
+            command.add_argument(
+                "--at",
+                type=int,
+                nargs="*",
+                default=[1, 5, 10, 20],
+                help="after how many rules all are tested again",
+            )
+            command.add_argument("--accept", type=float, default=RuleWishes.accept, help="as in mint repair")
         if name == "run":
             command.add_argument("--methods", nargs="*", choices=METHODS)
             command.add_argument("--curve", action="store_true")

@@ -16,6 +16,7 @@ from mint.errors import PatchError
 from mint.patch.export import low_rank_changes, to_gguf_lora, to_mlx, to_peft
 from mint.patch.names import block_of, describe
 from mint.rules.solve import solve_rule
+from mint.solver import in_contexts
 from mint.solver.problem import Problem, Settings
 from mint.solver.solve import solve
 from tests.conftest import FAMILIES, tiny_lm
@@ -97,22 +98,32 @@ def test_the_patch_of_a_rule_is_exported(family, tmp_path):
     learn, keep = rule(lm, 8)
     patch = solve_rule(lm, learn, keep, QUICK).change
     assert patch is not None and any(e.kind == "rewrite" for e in patch.edits)
-    if any(
-        not torch.equal(e.before[r], e.after[r]) for e in patch.edits for r in e.after if r.endswith("bias")
-    ):
-        pytest.skip("the solver of rules changes a bias of this family, which no adapter holds")
+    same_in_peft(lm, patch, learn[0].ids, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "starcoder2"])
+def test_the_patch_of_a_case_learnt_in_contexts_is_exported(family, tmp_path):
+    lm = tiny_lm(family, 1)
+    case = Case("c", "# sort the list\n", "xy")
+    problem = Problem(case, lm.encode(case, "none"))
+    found = in_contexts.solve(lm, problem, Settings(generalize=1.0))
+    assert found.details["contexts"] and found.change is not None
+    same_in_peft(lm, found.change, problem.encoded.ids, tmp_path / "adapter")
+
+
+def same_in_peft(lm, patch, ids, folder):
+    """The adapter gives the logits of the patched model, also merged. The model holds it afterwards."""
     patch = replace(patch, base=patch.base | {"layout": describe(lm)})
-    ids = torch.tensor([learn[0].ids])
+    sequence = torch.tensor([ids])
     with torch.no_grad():
         with P.applied(lm, patch):
-            wanted = lm.model(ids).logits
-        to_peft(patch, tmp_path / "adapter")
-        adapted = PeftModel.from_pretrained(lm.model, tmp_path / "adapter")
+            wanted = lm.model(sequence).logits
+        to_peft(patch, folder)
+        adapted = PeftModel.from_pretrained(lm.model, folder)
         scale = float(wanted.abs().max())
-        torch.testing.assert_close(adapted(ids).logits, wanted, atol=1e-4 * scale, rtol=1e-4)
-        torch.testing.assert_close(
-            adapted.merge_and_unload()(ids).logits, wanted, atol=1e-4 * scale, rtol=1e-4
-        )
+        close = {"atol": 1e-4 * scale, "rtol": 1e-4}
+        torch.testing.assert_close(adapted(sequence).logits, wanted, **close)
+        torch.testing.assert_close(adapted.merge_and_unload()(sequence).logits, wanted, **close)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "qwen2", "starcoder2"])

@@ -9,7 +9,7 @@ from mint.errors import MintError
 from mint.solver import variants
 from mint.solver.bundle import bundle
 from mint.solver.in_contexts import recipe_of, shares
-from mint.solver.joint import Demand, fit
+from mint.solver.joint import Demand, cost, fit
 from mint.solver.problem import Settings
 
 CASE = Case("a", "# sort the first list\n", "x.sort()\n")
@@ -50,12 +50,23 @@ def several(lm, wanted: float) -> Demand:
     ]
     joint = bundle(lm, texts, [1], exact=True)[1]
     goal = torch.full(joint.real.shape, wanted).masked_fill(~joint.real, -torch.inf)
-    return Demand(joint, joint.real[None].float(), goal, torch.full((len(joint),), 1e4))
+    return Demand(
+        joint,
+        joint.real[None, None].float(),
+        goal,
+        torch.full((len(joint),), 1e4),
+        torch.zeros_like(joint.inputs),
+    )
+
+
+def nothing(demand: Demand) -> torch.Tensor:
+    return torch.zeros(1, demand.bundle.inputs.shape[-1])
 
 
 def test_one_column_serves_several_texts(lm):
     demand = several(lm, 0.5)
-    columns, margins, _ = fit(demand, 20)
+    columns = fit([demand], nothing(demand), 20).columns
+    margins = demand.margins(0, columns)[0]
     missing = (demand.wanted - demand.bundle.clean).clamp(min=0).masked_fill(~demand.bundle.real, 0)
     left = (demand.wanted - margins).clamp(min=0).masked_fill(~demand.bundle.real, 0)
     assert left.sum() < 0.5 * missing.sum() and columns.shape == (1, demand.bundle.hidden.shape[-1])
@@ -63,7 +74,7 @@ def test_one_column_serves_several_texts(lm):
 
 def test_no_iteration_makes_the_columns_cost_more(lm):
     demand = several(lm, 4.0)
-    costs = [demand.cost(fit(demand, n)[0]) for n in range(4)]
+    costs = [cost([demand], fit([demand], nothing(demand), n).columns) for n in range(4)]
     assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
 
 

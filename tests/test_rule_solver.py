@@ -12,7 +12,7 @@ from mint.rules.contexts import in_other_contexts
 from mint.rules.neuron import habit_of
 from mint.rules.solve import RuleSettings, _before_the_habit, solve_rule
 from mint.solver.bundle import accepted_margins, bundle
-from mint.solver.classifier import Examples, fit_constant, fit_direction, make_detector
+from mint.solver.classifier import Examples, fit_constant, fit_direction, make_rows
 from mint.solver.problem import margins
 from tests.conftest import same_bits, tiny_lm, weights_of
 
@@ -98,7 +98,7 @@ def test_direction_separates_and_a_constant_stands_in_for_the_bias():
 
 def test_activation_is_the_same_at_the_typical_fault_and_at_its_mirror():
     constant, direction = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    rows = make_detector(direction, constant, torch.ones(2), 2.5, gated=True)
+    rows = make_rows(direction, constant, torch.ones(2), 2.5, gated=True)
     x = torch.tensor([[1.0, 1.0], [1.0, 1.5], [1.0, -2.0]])
     n = rows.respond(x, torch.nn.functional.silu)
     assert torch.allclose(n[:2], torch.ones(2), atol=0.01) and abs(float(n[2])) < 1e-3
@@ -192,3 +192,25 @@ def test_used_neurons_are_left_alone(lm):
     taken = {(e.layer, e.index) for e in first.change.edits}
     second = solve_rule(lm, learn, keep, QUICK, used=frozenset(taken))
     assert not taken & {(e.layer, e.index) for e in second.change.edits}
+
+
+def test_rules_made_apart_rarely_want_the_same_neuron(lm):
+    """Which idle neuron carries a rule hangs on its prompts; what else could carry it stands in the patch."""
+    taken = set()
+    for seed in range(4):
+        learn, keep = rule(lm, 4, seed)
+        patch = solve_rule(lm, learn, keep, QUICK).change
+        (edit,) = patch.edits
+        taken.add(edit.index)
+        others = patch.info["spare"]
+        assert others and all(layer == 0 and index != edit.index for layer, index in others)
+    assert len(taken) > 1
+    assert solve_rule(lm, learn, keep, QUICK).change.edits[0].index == edit.index
+
+
+def test_a_layer_without_a_free_neuron_is_said():
+    lm = tiny_lm("llama", 1)
+    learn, keep = rule(lm, 4)
+    every = frozenset((0, i) for i in range(lm.d_ff(0)))
+    found = solve_rule(lm, learn, keep, QUICK, used=every)
+    assert found.change is None and "earlier repairs have taken every idle neuron" in found.reason

@@ -1,6 +1,8 @@
 """`mint rule mine`, `mint rule check`, `mint repair --rule`: the contract's keys and exit codes; nothing half done."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +161,18 @@ def test_a_rule_that_cannot_be_repaired_is_one_line(capsys, model, tmp_path, mor
     (tmp_path / "bad.jsonl").write_text(json.dumps(row | {"colour": "red"}) + "\n")
     (tmp_path / "few.jsonl").write_text(json.dumps(row) + "\n")
     fails(capsys, code, match, "repair", "-m", model, "--out", "fix.st", *more)
+
+
+def test_rules_in_a_row_are_measured_as_they_are_repaired(capsys, model, source, tmp_path, monkeypatch):
+    run(capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl"))
+    again = load_rule("clock.jsonl")
+    monkeypatch.setattr("sys.argv", [
+        "bench_rules.py", "row", "clock.jsonl", "none.jsonl", "--model", str(model), "--out", "row.jsonl",
+        "--limit", "1", "--learn", "12", "--accept", "0.5",
+    ])  # fmt: skip
+    runpy.run_path(str(Path(__file__).parents[1] / "scripts/bench_rules.py"), run_name="__main__")
+    (row,) = [json.loads(line) for line in (tmp_path / "row.jsonl").read_text().splitlines()]
+    now, first, of = row["right now, at first, of"]["clock"]
+    unseen = [r for r in again.part("fault") if r.split == "unseen"]
+    assert (row["key"], row["rules"], row["refused"], of) == ("row 1", 1, {}, len(unseen))
+    assert now == first >= 0.5 * of and 0 <= row["broken"] <= row["changed"] <= 1

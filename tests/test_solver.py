@@ -20,9 +20,9 @@ from mint.model.margins import margins
 from mint.patch import Patch, applied, apply, make_edit
 from mint.solver import solve as minimal
 from mint.solver import tail as tail_module
-from mint.solver.gate import STEEP, Background, Inputs, fit_rows
+from mint.solver.gate import Background, Inputs, fit_rows
 from mint.solver.inputs import block_inputs, inputs_behind, inputs_of
-from mint.solver.paraphrase import rephrase, split_frame, strangers
+from mint.solver.paraphrase import negative_prompts, rephrase, split_frame
 from mint.solver.problem import Problem, Settings, changed
 from mint.solver.qp import smallest
 from mint.solver.tail import run_clean
@@ -187,8 +187,8 @@ def test_later_repairs_reach_less_far():
     assert minimal.recipe_of(Settings(margin=7.0), earlier=1000).margin == 7.0
 
 
-def test_strangers_are_followed_only_after_the_opening(lm, monkeypatch):
-    """Behind a rephrasing every wrong position should fire; behind a stranger only those after the opening."""
+def test_negative_prompts_are_followed_only_after_the_opening(lm, monkeypatch):
+    """Behind a rephrasing every wrong position should fire; behind a negative prompt only those after the opening."""
     given, fit = [], minimal.fit_rows
     monkeypatch.setattr(
         minimal, "fit_rows", lambda inputs, *a, **k: given.append(inputs) or fit(inputs, *a, **k)
@@ -368,9 +368,7 @@ def test_rows_are_quieter_elsewhere_than_where_they_fire():
 def test_plain_rows_answer_steeply_where_asked():
     inputs, back = _inputs(width=64)
     rows = fit_rows(inputs, back, torch.relu, gated=False)
-    torch.testing.assert_close(
-        rows.respond(inputs.fire, torch.relu), STEEP * inputs.level, atol=0.05, rtol=0.01
-    )
+    torch.testing.assert_close(rows.respond(inputs.fire, torch.relu), inputs.level, atol=0.006, rtol=0.01)
 
 
 def test_the_rewritten_neuron_is_silent_on_the_prompt_and_fires_at_the_fault(lm):
@@ -387,16 +385,16 @@ def test_the_rewritten_neuron_is_silent_on_the_prompt_and_fires_at_the_fault(lm)
 
 def test_variants_keep_the_frame_and_repeat_for_a_seed():
     prompt = "# sort the list of names `xs` in reverse\n"
-    same, foreign = rephrase(prompt, 6, seed=1), strangers(prompt, 6, seed=1)
-    assert len(same) == len(set(same)) == 6 and len(foreign) == 6
-    assert all(p.startswith("# ") and p.endswith("\n") and p != prompt for p in same + foreign)
-    assert same == rephrase(prompt, 6, seed=1) and foreign == strangers(prompt, 6, seed=1)
+    same, negative = rephrase(prompt, 6, seed=1), negative_prompts(prompt, 6, seed=1)
+    assert len(same) == len(set(same)) == 6 and len(negative) == 6
+    assert all(p.startswith("# ") and p.endswith("\n") and p != prompt for p in same + negative)
+    assert same == rephrase(prompt, 6, seed=1) and negative == negative_prompts(prompt, 6, seed=1)
 
 
 def test_a_prompt_that_ends_in_code_has_no_variants():
     prompt = "def f(n):\n    return"
     assert split_frame(prompt)[1] == "return"
-    assert rephrase(prompt, 4) == [] and strangers(prompt, 4) == []
+    assert rephrase(prompt, 4) == [] and negative_prompts(prompt, 4) == []
 
 
 def test_a_value_edit_for_a_single_wrong_token_leaves_the_rows_alone(lm):

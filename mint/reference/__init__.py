@@ -1,6 +1,6 @@
 """Reference text and what a model makes of it."""
 
-from mint.reference.idle import idle_neurons, nearly_free, written_energy
+from mint.reference.idle import idle_neurons, idle_order, nearly_free, other_places, written_energy
 from mint.reference.moments import (
     Statistics,
     reference_key,
@@ -14,7 +14,9 @@ __all__ = [
     "WINDOW",
     "Statistics",
     "idle_neurons",
+    "idle_order",
     "nearly_free",
+    "other_places",
     "passages",
     "reference_digest",
     "reference_key",

@@ -1,5 +1,7 @@
 """Which neurons a model can do without: those that write least on reference text."""
 
+import hashlib
+import random
 from collections.abc import Callable, Collection
 
 import torch
@@ -31,6 +33,30 @@ def nearly_free(energy: Tensor, used: Collection[int] = (), share: int = IDLE) -
     free = torch.tensor([i not in taken for i in range(len(energy))])
     quiet = energy.masked_fill(~free, float("inf")).argsort()[: max(4, len(energy) // share)].tolist()
     return [i for i in quiet if free[i]]
+
+
+def idle_order(
+    lm: LM, stats: Statistics, layer: int, key: str, used: Collection[tuple[int, int]] = ()
+) -> list[int]:
+    """The idle neurons of a layer (`nearly_free`) in an order that hangs on `key` alone, without those in use.
+
+    They cost next to nothing alike, so who takes the first of them for what is being repaired (the key) rarely takes the
+    same as a repair that knows nothing of this one, and both patches can be put together. used: (layer, index).
+    """
+    quiet = nearly_free(written_energy(lm, stats, layer), [index for at, index in used if at == layer])
+    random.Random(hashlib.sha256(key.encode()).digest()).shuffle(quiet)
+    return quiet
+
+
+OTHERS = 16
+"""How many other neurons a patch names."""
+
+
+def other_places(lm: LM, layer: int, idle: Collection[int]) -> list[list[int]]:
+    """Neurons that could carry a repair as well, for when another patch wants this one: `spare` of a patch's header."""
+    expert = lm.block(layer).expert
+    owner = [] if expert is None else [expert]
+    return [[layer, index, *owner] for index in list(idle)[:OTHERS]]
 
 
 def idle_neurons(lm: LM, say: Say = lambda _: None) -> Callable[[int], list[int]]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint.model.layout import Rows
 from mint.model.lm import LM, Encoded
 from mint.patch import read_neuron
 from mint.reference import Statistics
 from mint.solver.bundle import Bundle
-from mint.solver.classifier import Detector, Examples, activation, fit_constant, fit_direction, make_detector
+from mint.solver.classifier import Examples, activation, fit_constant, fit_direction, make_rows
+from mint.solver.rows import InputRows, own_bias, present_rows
 
 FIRE_BELOW = 0.5
 """Logits of lead below which a target token needs the neuron."""
@@ -24,8 +24,6 @@ FIRE_SHARE = 0.25
 """Share of learn prompts whose token at a place needs the neuron, from which on it fires there in all of them."""
 TOP = 0.9995
 """Quantile of the answers to reference text that counts as the loudest other input."""
-IDLE_SAMPLE = 1024
-"""Reference inputs from which is judged how much a neuron writes."""
 OPENING = 8
 """Most tokens before the cut that tell the habit from other uses of its words."""
 SURER = 3.0
@@ -230,7 +228,7 @@ class Neuron:
     """`rewrite` (gate learnt), `sharpened` (gate learnt from its own direction on), `value` (as it is)."""
     role: str
     """`idle` or `responsible`."""
-    rows: Detector
+    rows: InputRows
     fire: Tensor
     """[b, m] bool: places of the learn prompts where it is to act."""
     levels: Tensor
@@ -387,8 +385,8 @@ def _neuron(
     width: float,
     settings: GateSettings,
 ) -> Neuron:
-    act, gated = lm.layout.act(at.layer), lm.block(at.layer).gated
-    rows = [make_detector(a, at.constant, at.scale, width, gated) for a in (full, *made)]
+    act, gated, bias = lm.layout.act(at.layer), lm.block(at.layer).gated, own_bias(lm, at.layer, index)
+    rows = [make_rows(a, at.constant, at.scale, width, gated, bias) for a in (full, *made)]
 
     def both(bundle_: Bundle, fold: Tensor) -> Tensor:
         each = torch.stack([r.respond(bundle_.inputs, act) for r in rows]) * bundle_.real
@@ -403,43 +401,12 @@ def _neuron(
         settings.places,
         both(at.learn, at.fold),
         keep_levels,
-        activation(*elsewhere, width, act, gated),
+        activation(*elsewhere, width, act, gated, bias),
         settings,
     )
 
 
-# ---------------------------------------------------------------------- idle and responsible neurons
-
-
-def activations(lm: LM, layer: int, x: Tensor) -> Tensor:
-    """Activations [k, d_ff] of a layer's neurons at raw inputs [k, d_model], float32 on CPU."""
-    block = lm.block(layer)
-    units = torch.arange(block.d_ff)
-    x = x.to(lm.device, lm.dtype)
-
-    def through(rows: Rows) -> Tensor:
-        return lm.module(rows.module)(x)[..., rows.offset + rows.stride * units]
-
-    n = lm.layout.act(layer)(through(block.gate))
-    return (n if block.up is None else n * through(block.up)).float().cpu()
-
-
-@torch.no_grad()
-def idle_neuron(lm: LM, stats: Statistics, layer: int, used: frozenset[tuple[int, int]]) -> int:
-    """The neuron that writes least on reference text, E|n| |column|, and is not in use.
-
-    Not E[n^2], which the first token of a text decides alone: models park outliers there.
-    """
-    size = lm.columns(layer).float().norm(dim=1).cpu()
-    if layer in stats.sample:
-        sample = stats.sample[layer]
-        written = activations(lm, layer, sample[:: max(1, len(sample) // IDLE_SAMPLE)]).abs().mean(0) * size
-    else:
-        written = stats.neurons_square[layer].sqrt() * size
-    for at, index in used:
-        if at == layer:
-            written[index] = torch.inf
-    return int(written.argmin())
+# ---------------------------------------------------------------------- responsible neurons
 
 
 @dataclass(frozen=True)
@@ -495,16 +462,14 @@ def responsible_neurons(
 
 def value_edit(lm: LM, at: Reading, suspect: Suspect) -> Neuron | None:
     """The blamed neuron as it is: only what it writes may change. None if it hardly fires at the faults."""
-    own = read_neuron(lm, at.layer, suspect.index)
-    act = lm.layout.act(at.layer)
     n = at.learn.neurons[..., suspect.index]
     typical = float(n[at.fire].median())
     if abs(typical) < 1e-6:
         return None
-    rows = Detector(own["gate"].float(), own["up"].float() if "up" in own else None, typical)
+    rows = present_rows(lm, at.layer, suspect.index, typical)
     keep = at.keep.neurons[..., suspect.index] / typical if at.keep is not None else torch.zeros(0, 1)
     levels = n / typical
-    elsewhere = rows.respond(at.sample, act)
+    elsewhere = rows.respond(at.sample, lm.layout.act(at.layer))
     return Neuron(
         suspect.index,
         "value",

@@ -8,6 +8,7 @@ from mint.errors import PatchError
 from mint.model.lm import LM
 from mint.patch import Patch
 from mint.rebase import moved_between
+from mint.rules import solve as rule_solver
 from mint.rules.repair import RulesOutcome, RuleWishes, SolveRule, repair_rules
 from mint.rules.rule import Rule
 
@@ -53,11 +54,7 @@ def rebase_rules(
             f"the patch records the rules {', '.join(recorded) or 'none'}, given are {', '.join(given) or 'none'}; give the file"
             " of each with --rule"
         )
-    if solve is None:
-        from mint.rules.solve import solve_rule
-
-        solve = solve_rule
-    chosen = solve
+    chosen = solve or rule_solver.solve_rule
 
     def there(model, learn, keep, settings, **more):
         return chosen(model, learn, keep, replace(settings, layers=layers), **more)

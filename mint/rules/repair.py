@@ -20,6 +20,7 @@ from mint.measure.specificity import Specificity
 from mint.model.lm import LM, Encoded
 from mint.patch import Patch
 from mint.reference import statistics
+from mint.rules import solve as rule_solver
 from mint.rules.cut import encode_row, settle
 from mint.rules.figures import Line, Prompted, count_faults, count_kept, lines_of, prepared, write_all
 from mint.rules.judge import judge_named
@@ -133,19 +134,17 @@ def repair_rules(
     wishes: RuleWishes | None = None,
     *,
     solve: SolveRule | None = None,
+    after: Callable[[Session, RuleRepair], None] = lambda *_: None,
     say: Say = lambda _: None,
 ) -> RulesOutcome:
     """Repair rules one after another on one model; every rule protects the ones before it.
 
-    The model is bit-identical afterwards. solve: default `mint.rules.solve.solve_rule`. Raises `CaseError` for rules
-    that cannot be used, before anything is solved: too few faults, rules that contradict each other, a rule made for
-    another tokenizer.
+    The model is bit-identical afterwards. solve: default `mint.rules.solve.solve_rule`. after: called after each rule,
+    while all that was kept so far is in the model. Raises `CaseError` for rules that cannot be used, before anything is
+    solved: too few faults, rules that contradict each other, a rule made for another tokenizer.
     """
     wishes = wishes or RuleWishes()
-    if solve is None:
-        from mint.rules.solve import solve_rule
-
-        solve = solve_rule
+    solve = solve or rule_solver.solve_rule
     for name in wishes.judges:
         judge_named(name)
     check_rules(lm, rules)
@@ -169,6 +168,7 @@ def repair_rules(
             name = f"rule {rule.name}" + (f" ({number} of {len(rules)})" if len(rules) > 1 else "")
             job = _RuleJob(session, rule, found, unusable, wishes, solve, name)
             repairs.append(job.repaired())
+            after(session, repairs[-1])
         effects = session.effects()
         if len(session.stack.patches) > 1:
             repairs = [_retested(lm, one, found, say) for one, (found, _) in zip(repairs, rows, strict=True)]
@@ -326,10 +326,8 @@ class _RuleJob:
         return target is not None and self.before[i].startswith(target)
 
 
-def _settings(wishes: RuleWishes) -> Any:
-    from mint.rules.solve import RuleSettings
-
-    return RuleSettings(
+def _settings(wishes: RuleWishes) -> rule_solver.RuleSettings:
+    return rule_solver.RuleSettings(
         max_neurons=wishes.max_neurons, margin=wishes.margin, reference=wishes.reference, seed=wishes.seed
     )
 
@@ -338,9 +336,7 @@ def preparation(wishes: RuleWishes, say: Say) -> Prepare:
     """Statistics of the layers that rules are solved in: measured before any edit, and no part of a repair's time."""
 
     def prepare(lm: LM) -> None:
-        from mint.rules.solve import layers_of
-
-        layers = layers_of(lm, _settings(wishes))
+        layers = rule_solver.layers_of(lm, _settings(wishes))
         statistics(lm, wishes.reference, say).measure(layers, layers)
 
     return prepare

@@ -1,7 +1,7 @@
 """The solver of rules: one neuron that writes the right text at every prompt of a kind, learnt from a few of them.
 
 A linear classifier on a layer's inputs says where the neuron fires (solver/classifier.py), one column says what it writes
-(column.py). Whatever has to be chosen (layer, ridge, threshold, which neuron, one or two) is chosen by how an edit does
+(solver/joint.py). Whatever has to be chosen (layer, ridge, threshold, which neuron, one or two) is chosen by how an edit does
 at learn prompts that were left out of it. Knows nothing about files, mining or generated text. Formulas: docs/rules.md.
 """
 
@@ -15,16 +15,14 @@ from torch import Tensor
 from mint.console import Say, quiet
 from mint.errors import MintError
 from mint.model.lm import LM, Encoded
-from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, read_neuron, versions
-from mint.reference import Statistics, sample_layers, statistics
-from mint.rules import column as program
+from mint.patch import NeuronEdit, Patch, applied, identity, versions
+from mint.reference import Statistics, idle_order, other_places, sample_layers, statistics
 from mint.rules.contexts import in_other_contexts
 from mint.rules.neuron import (
     Habit,
     Neuron,
     Reading,
     habit_of,
-    idle_neuron,
     learn_gates,
     own_direction,
     place_groups,
@@ -32,8 +30,10 @@ from mint.rules.neuron import (
     responsible_neurons,
     value_edit,
 )
+from mint.solver import joint
 from mint.solver.bundle import Bundle, bundle
 from mint.solver.problem import Solution
+from mint.solver.rows import rewrite, write_more
 
 NAME = "rule"
 REACHABLE = 0.4
@@ -161,27 +161,18 @@ def _wanted(bundle_: Bundle, fire: Tensor, margin: float) -> Tensor:
     return wanted.masked_fill(~bundle_.real, -torch.inf)
 
 
-def _task(
-    bundle_: Bundle, levels: Tensor, wanted: Tensor, price: Tensor, neurons: Sequence[Neuron], lm: LM
-) -> program.Task:
-    base = torch.zeros_like(bundle_.inputs)
-    for neuron in neurons:
-        if neuron.overwritten:
-            old = lm.columns(bundle_.layer)[neuron.index].float().cpu()
-            base = base - bundle_.neurons[..., neuron.index, None] * old
-    return program.Task(bundle_, levels, wanted, price, base)
+def _demand(
+    bundle_: Bundle, levels: Tensor, wanted: Tensor, price: Tensor, neurons: Sequence[Neuron]
+) -> joint.Demand:
+    base = joint.lost(bundle_, [n.index for n in neurons if n.overwritten])
+    return joint.Demand(bundle_, levels, wanted, price, base)
 
 
 def _smallest(found: Tensor, real: Tensor) -> Tensor:
     return found.masked_fill(~real, torch.inf).amin(1)
 
 
-def _fit(
-    lm: LM,
-    at: Reading,
-    neurons: Sequence[Neuron],
-    margin: float,
-) -> Candidate:
+def _fit(at: Reading, neurons: Sequence[Neuron], margin: float) -> Candidate:
     """Columns for neurons whose rows are given, and the cross-validation of the whole."""
     size = at.size
     learn = at.learn
@@ -191,7 +182,7 @@ def _fit(
     trained = levels.clone()
     trained[1] = torch.where(fire, levels[1].clamp(min=FLOOR), levels[1])
     price = torch.full((len(learn),), PRICE * size)
-    tasks = [_task(learn, trained, _wanted(learn, at.fire, margin), price, neurons, lm)]
+    demands = [_demand(learn, trained, _wanted(learn, at.fire, margin), price, neurons)]
     keep_levels = torch.stack([n.keep_levels for n in neurons], 1)  # [2, k, kept texts, m]
     heard = (keep_levels.abs() > HEARD).any(0).any(0).any(1).nonzero()[:, 0]
     close = keep_levels[:, :, heard, :KEEP_TOKENS]
@@ -200,22 +191,22 @@ def _fit(
         close = close[..., : few.real.shape[1]]
         louder = torch.where(close[0].abs() > close[1].abs(), close[0], close[1])[None]
         wanted = _wanted(few, torch.zeros_like(few.real), margin)
-        tasks.append(_task(few, louder, wanted, torch.full((len(heard),), PRICE * size), neurons, lm))
-    found = program.fit(tasks, torch.zeros(len(neurons), learn.inputs.shape[2]), ITERATIONS)
+        demands.append(_demand(few, louder, wanted, torch.full((len(heard),), PRICE * size), neurons))
+    found = joint.fit(demands, torch.zeros(len(neurons), learn.inputs.shape[2]), ITERATIONS)
     for _ in range(RAISES):
         # A price that buys every margin is not known beforehand: raised while a learn prompt would stay wrong.
-        if bool((_smallest(program.margins(tasks[0], 0, found.columns)[0], learn.real) > 0).all()):
+        if bool((_smallest(demands[0].margins(0, found.columns)[0], learn.real) > 0).all()):
             break
-        tasks = [replace(t, price=10 * t.price) for t in tasks]
-        found = program.fit(tasks, found.columns, ITERATIONS)
+        demands = [replace(d, price=10 * d.price) for d in demands]
+        found = joint.fit(demands, found.columns, ITERATIONS)
     # Leave one text out: the programme of the last iteration without its constraints, the gate without its fold.
     flat = found.columns.flatten()
     without = torch.stack(
         [found.linear.solve(i, flat, LOO_DAMPING).view_as(found.columns) for i in range(len(learn))], 1
     )  # [k, b, d]
-    judged = replace(tasks[0], levels=levels)
-    held = _smallest(program.margins(judged, 1, without)[0], learn.real)
-    full = _smallest(program.margins(judged, 0, found.columns)[0], learn.real)
+    judged = replace(demands[0], levels=levels)
+    held = _smallest(judged.margins(1, without)[0], learn.real)
+    full = _smallest(judged.margins(0, found.columns)[0], learn.real)
     kept = 1.0
     if at.keep is not None and len(heard):
         # The same for what must stay: without its constraints, and as a gate answers that had not seen it.
@@ -226,8 +217,8 @@ def _fit(
             ],
             1,
         )
-        unseen = replace(tasks[1], levels=close[1:])
-        after = _smallest(program.margins(unseen, 0, apart)[0], unseen.bundle.real)
+        unseen = replace(demands[1], levels=close[1:])
+        after = _smallest(unseen.margins(0, apart)[0], unseen.bundle.real)
         kept = 1 - float((after <= 0).sum()) / len(at.keep)
     written = torch.stack([n.elsewhere for n in neurons], 1) @ found.columns  # [samples, d]
     loud = float((written.norm(dim=1) > LOUD * size**0.5).float().mean())
@@ -246,22 +237,12 @@ def _fit(
 
 def _edits(lm: LM, candidate: Candidate) -> tuple[NeuronEdit, ...]:
     layer = candidate.reading.layer
-    edits = []
-    for neuron, column in zip(candidate.neurons, candidate.columns, strict=True):
-        if not neuron.overwritten:
-            old = lm.columns(layer)[neuron.index].float().cpu()
-            edits.append(make_edit(lm, layer, neuron.index, {"out": old + column / neuron.rows.gain}))
-            continue
-        after = {"out": column / neuron.rows.gain, "gate": neuron.rows.gate}
-        if neuron.rows.up is not None:
-            after["up"] = neuron.rows.up
-        # A bias stays what it is, so that the edit can travel as an adapter; the row takes it back.
-        present = read_neuron(lm, layer, neuron.index)
-        one = candidate.reading.constant / candidate.reading.scale
-        for role in [r for r in ("gate", "up") if f"{r}_bias" in present]:
-            after[role] = after[role] - float(present[f"{role}_bias"]) * one
-        edits.append(make_edit(lm, layer, neuron.index, after))
-    return tuple(edits)
+    return tuple(
+        rewrite(lm, layer, neuron.index, neuron.rows, column)
+        if neuron.overwritten
+        else write_more(lm, layer, neuron.index, column / neuron.rows.gain)
+        for neuron, column in zip(candidate.neurons, candidate.columns, strict=True)
+    )
 
 
 # ---------------------------------------------------------------------- the choice
@@ -276,28 +257,28 @@ class _Job:
     stats: Statistics
     margin: float
     used: frozenset[tuple[int, int]]
+    key: str
+    """What the choice among idle neurons hangs on."""
     say: Say
 
 
-def _gated_neurons(
-    job: _Job, at: Reading, groups: Sequence[Tensor], taken: int | None = None
-) -> list[list[Neuron]]:
-    """Ways to give a layer neurons with learnt gates, one neuron a group of places: the best, best first."""
-    ways: list[list[Neuron]] = [[]]
-    indices: set[tuple[int, int]] = set(job.used)
-    for places in groups:
-        index = taken if taken is not None else idle_neuron(job.lm, job.stats, at.layer, frozenset(indices))
-        indices.add((at.layer, index))
-        tried = [
-            neuron
-            for ridge in job.settings.ridges
-            for neuron in learn_gates(
-                job.lm, at, places, index, ridge, job.settings.silence, job.settings.thresholds
-            )
-        ]
-        tried.sort(key=lambda n: -n.promise)
-        ways = [way + [neuron] for way in ways for neuron in tried[:1]]
-    return ways
+def _rewritten(job: _Job, at: Reading, groups: Sequence[Tensor]) -> list[Neuron]:
+    """Idle neurons of a layer with learnt gates, one a group of places, the most promising gate each; [] if too few are free."""
+    how = job.settings
+    idle = idle_order(job.lm, job.stats, at.layer, job.key, job.used)
+    if len(idle) < len(groups):
+        return []
+    return [
+        max(
+            (
+                neuron
+                for ridge in how.ridges
+                for neuron in learn_gates(job.lm, at, places, index, ridge, how.silence, how.thresholds)
+            ),
+            key=lambda n: n.promise,
+        )
+        for places, index in zip(groups, idle, strict=False)
+    ]
 
 
 def _promise(way: Sequence[Neuron]) -> float:
@@ -306,18 +287,18 @@ def _promise(way: Sequence[Neuron]) -> float:
 
 def _carried(job: _Job, readings: Sequence[Reading]) -> list[Candidate]:
     """Rewrites of idle neurons: the most promising gate of each layer, a column for the best few."""
-    ways = [(at, way) for at in readings for way in _gated_neurons(job, at, [at.fire])]
+    ways = [(at, way) for at in readings if (way := _rewritten(job, at, [at.fire]))]
     ways.sort(key=lambda pair: -_promise(pair[1]))
     found = []
     for at, way in ways[:FINALISTS]:
-        found.append(_fit(job.lm, at, way, job.margin))
+        found.append(_fit(at, way, job.margin))
         _tell(job, found[-1])
-    best = max(found, key=lambda c: c.score)
-    if job.settings.max_neurons == 2 and not bool((best.margins > 0).all()):
+    best = max(found, key=lambda c: c.score, default=None)
+    if best is not None and job.settings.max_neurons == 2 and not bool((best.margins > 0).all()):
         at = best.reading
         groups = place_groups(at.fire)
-        for way in _gated_neurons(job, at, groups) if len(groups) == 2 else []:
-            found.append(_fit(job.lm, at, way, job.margin))
+        if len(groups) == 2 and (way := _rewritten(job, at, groups)):
+            found.append(_fit(at, way, job.margin))
             _tell(job, found[-1])
     return found
 
@@ -346,7 +327,7 @@ def _caused(
             if least is not None and neuron.promise < least - HOPELESS:
                 passed.append({"layer": at.layer, "neurons": [neuron.describe()], "promise": neuron.promise})
                 continue
-            found.append(_fit(lm, at, [neuron], job.margin))
+            found.append(_fit(at, [neuron], job.margin))
             _tell(job, found[-1])
     return found, passed, [s.describe() for s in ranked[:10]]
 
@@ -470,27 +451,27 @@ def solve_rule(
     if few:
         # Prompts made from one another cannot show what varies: the softest gate that there is, early awake.
         settings = replace(settings, ridges=(FEW_RIDGE,), thresholds=settings.thresholds[:1])
-    solution = solve_readings(lm, readings, len(learn), settings, stats, used, say)
+    job = _Job(lm, settings, stats, _margin(readings[0].learn, settings), used, _key(learn), say)
+    solution = _solve_readings(job, readings, len(learn))
     return replace(solution, seconds=time.perf_counter() - started)
 
 
-def solve_readings(
-    lm: LM,
-    readings: Sequence[Reading],
-    n: int,
-    settings: RuleSettings,
-    stats: Statistics,
-    used: frozenset[tuple[int, int]] = frozenset(),
-    say: Say = quiet,
-) -> Solution:
+def _key(learn: Sequence[Encoded]) -> str:
+    return repr([(text.prompt, text.target) for text in learn])
+
+
+def _margin(learn: Bundle, settings: RuleSettings) -> float:
+    """What is aimed at. A margin is a number of logits; small or young models have logits too close together to give it."""
+    return min(settings.margin or MARGIN, REACHABLE * learn.spread)
+
+
+def _solve_readings(job: _Job, readings: Sequence[Reading], n: int) -> Solution:
     """`solve_rule` for texts that were read already; the first n of them are the user's own."""
+    lm, settings = job.lm, job.settings
     first = readings[0].learn
     own = torch.arange(n)
     if bool((_smallest(first.clean, first.real)[own] > 0).all()):
         return Solution(NAME, None, "the model already writes the right text at every learn prompt")
-    # A margin is a number of logits; small or young models have logits too close together to give it.
-    margin = min(settings.margin or MARGIN, REACHABLE * first.spread)
-    job = _Job(lm, settings, stats, margin, used, say)
     candidates: list[Candidate] = []
     ranking: list[dict] = []
     passed: list[dict] = []
@@ -501,14 +482,19 @@ def solve_readings(
         caused, passed, ranking = _caused(job, readings, max(carried, default=None))
         candidates += caused
     if not candidates:
-        return Solution(NAME, None, "no neuron of these layers is to blame; allow idle ones (where 'auto')")
+        reason = (
+            "no neuron of these layers is to blame; allow idle ones (where 'auto')"
+            if settings.where == "responsible"
+            else "earlier repairs have taken every idle neuron of these layers; repair in others, or drop a patch"
+        )
+        return Solution(NAME, None, reason)
     candidates.sort(key=lambda c: -c.score)
     best = candidates[0]
     patch, now, broken = _checked(job, best)
     own_now = now[own]
     cause = any(neuron.role == "responsible" for neuron in best.neurons)
     details = best.describe() | {
-        "margin_aimed": margin,
+        "margin_aimed": job.margin,
         "verdict": "cause" if cause else "carrier",
         "candidates": [c.describe() for c in candidates],
         "passed_over": passed,
@@ -526,9 +512,12 @@ def solve_readings(
             " a case, or give learn prompts that have more in common"
         )
         return Solution(NAME, None, reason, least, details=details)
+    layer = best.reading.layer
+    taken = {*job.used, *((layer, neuron.index) for neuron in best.neurons)}
     info = {
         "solver": NAME,
-        "settings": {"margin": margin, "where": settings.where},
+        "spare": other_places(lm, layer, idle_order(lm, job.stats, layer, job.key, taken)),
+        "settings": {"margin": job.margin, "where": settings.where},
         "versions": versions(),
     }
     return Solution(NAME, replace(patch, info=info), None, least, details=details)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEEP = 8.0
-"""Gate pre-activation where the classifier says 1: large enough that SiLU and GELU act as a ReLU."""
+from mint.solver.rows import STEEP, InputRows
+
 ROUNDS = 40
 
 
@@ -95,39 +95,36 @@ def fit_constant(second: Tensor, mean: Tensor, scale: Tensor, near: Tensor, ridg
     return torch.linalg.solve(matrix.double(), right.double()[:, None])[:, 0].float()
 
 
-@dataclass(frozen=True)
-class Detector:
-    """Input rows of one neuron: activation act(gate.x) (up.x), or act(gate.x) in a plain block; biases are zero."""
-
-    gate: Tensor
-    up: Tensor | None
-    gain: float
-    """What the activation is where the classifier says 1; the column is divided by it."""
-
-    def respond(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        """Activation over gain [...] at raw inputs [..., d_model]."""
-        n = act(x @ self.gate)
-        if self.up is not None:
-            n = n * (x @ self.up)
-        return n / self.gain
-
-
-def make_detector(direction: Tensor, constant: Tensor, scale: Tensor, width: float, gated: bool) -> Detector:
+def make_rows(
+    direction: Tensor,
+    constant: Tensor,
+    scale: Tensor,
+    width: float,
+    gated: bool,
+    bias: tuple[float, float] = (0.0, 0.0),
+) -> InputRows:
     """Rows for raw inputs, from directions for scaled ones: activation f (w - f) / (w - 1) above 0, f in a plain block.
 
     f = direction.x is 1 at a typical fault. width: w > 1; the activation is the same at f = 1 and f = w - 1 and highest
-    between, so that it hardly depends on how surely a fault is recognised.
+    between, so that it hardly depends on how surely a fault is recognised. bias: what the neuron's own biases add to gate.x
+    and up.x; taken back along the constant.
     """
-    gate = STEEP * direction / scale
+    gate = (STEEP * direction - bias[0] * constant) / scale
     if not gated:
-        return Detector(gate, None, STEEP)
-    up = (width * constant - direction) / (width - 1)
-    return Detector(gate, up / scale / STEEP, 1.0)
+        return InputRows(gate, None, STEEP, bias)
+    up = (width * constant - direction) / (width - 1) / STEEP - bias[1] * constant
+    return InputRows(gate, up / scale, 1.0, bias)
 
 
 def activation(
-    answer: Tensor, constant: Tensor, width: float, act: Callable[[Tensor], Tensor], gated: bool
+    answer: Tensor,
+    constant: Tensor,
+    width: float,
+    act: Callable[[Tensor], Tensor],
+    gated: bool,
+    bias: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """What `make_detector`'s neuron does, over gain, where direction and constant answer so: [...] each."""
-    n = act(STEEP * answer) / STEEP
-    return n * (width * constant - answer) / (width - 1) if gated else n
+    """What the neuron of `make_rows` does, over gain, where direction and constant answer so: [...] each."""
+    left = 1 - constant  # of a bias, what the rows do not take back
+    n = act(STEEP * answer + bias[0] * left) / STEEP
+    return n * ((width * constant - answer) / (width - 1) + STEEP * bias[1] * left) if gated else n

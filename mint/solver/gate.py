@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEEP = 8.0
-"""Gate pre-activation at the chosen inputs: large enough that SiLU and GELU act as a ReLU."""
+from mint.solver.rows import STEEP, InputRows
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,6 @@ class Background:
     """E[x], [d_model]."""
     sample: Tensor
     """Single inputs, [m, d_model], to look for false alarms."""
-
-
-@dataclass(frozen=True)
-class InputRows:
-    """Rows of one neuron: activation n(x) = act(gate.x) * (up.x), or act(gate.x) in a plain block.
-
-    Where the block has biases, they are added to gate.x and up.x and stay what they are in the model.
-    """
-
-    gate: Tensor
-    up: Tensor | None
-    gain: float = 1.0
-    """What the activation is where the level is 1; the column is divided by it."""
-    bias: tuple[float, float] = (0.0, 0.0)
-    """The model's own biases of gate and up."""
-
-    def respond(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        """The neuron's activation [...] at inputs [..., d_model]."""
-        n = act(x @ self.gate + self.bias[0])
-        return n if self.up is None else n * (x @ self.up + self.bias[1])
 
 
 def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
@@ -161,7 +140,7 @@ def fit_rows(
         if not rounds or not len(pool):
             return rows
         rounds -= 1
-        answer = rows.respond(pool, act).abs() / rows.gain
+        answer = rows.respond(pool, act).abs()
         loud = (answer > tolerance).nonzero().flatten()
         if not len(loud):
             return rows

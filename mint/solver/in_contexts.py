@@ -2,7 +2,7 @@
 
 Two neurons of one layer share the target: one fires where it has to be recognised (its first token, and the indentation in
 front of it), one where the rest is written. Each gate is the large-margin classifier of rules (classifier.py): silent at
-near misses, at what the model writes behind them, and at strangers with the target forced behind them. The columns are one
+near misses, at what the model writes behind them, and at negative prompts with the target forced behind them. The columns are one
 programme over all contexts (joint.py). Where the edit does not write the prompt itself, the solver `mint` takes over, which
 repairs the prompt and nothing around it.
 """
@@ -22,13 +22,15 @@ from mint.errors import CaseError, MintError, ModelError
 from mint.guards import first_broken
 from mint.model.lm import LM, Encoded
 from mint.model.margins import margins
-from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, versions
-from mint.reference import Statistics, sample_layers, statistics
+from mint.patch import Patch, applied, identity, versions
+from mint.reference import Statistics, idle_order, other_places, sample_layers, statistics
+from mint.solver import solve as minimal
 from mint.solver.bundle import Bundle, bundle
-from mint.solver.classifier import Detector, Examples, fit_constant, fit_direction, make_detector
+from mint.solver.classifier import Examples, fit_constant, fit_direction, make_rows
 from mint.solver.inputs import block_inputs
-from mint.solver.joint import Demand, fit
-from mint.solver.problem import Problem, Settings, Solution
+from mint.solver.joint import Demand, fit, lost
+from mint.solver.problem import Problem, Settings, Solution, case_key
+from mint.solver.rows import InputRows, own_bias, rewrite
 from mint.solver.variants import contexts, wordings
 
 NAME = "contexts"
@@ -39,7 +41,7 @@ FIRE_SHARE = 0.4
 ITERATIONS = 6
 OPENING = 3
 """First tokens of the target behind which, typed elsewhere, the rest is not to follow."""
-STRANGE = 0.1
+FORCED = 0.1
 """Cost of firing at later tokens of the target behind another prompt."""
 EXTRA = 8
 """Tokens beyond the length of the target for which the model's own text behind a near miss is to stay."""
@@ -48,7 +50,7 @@ OWN_PRICE = 10.0
 REACHABLE = 0.4
 """Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
 WIDTH = 2.5
-"""The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_detector`."""
+"""The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_rows`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Recipe:
     like: float = 3.0
     """Cost of silence at one in another context or wording."""
     near: float = 3.0
-    """Cost of firing where a near miss or a stranger begins its answer."""
+    """Cost of firing where the answer to a near miss or another request begins."""
     price: float = 0.02
     """Cost of one logit short in a context, in units of the squared length of the residual stream; ten times as much in the
     prompt itself."""
@@ -108,7 +110,7 @@ class _Texts:
     more: list[Encoded]
     """Contexts and wordings that only the gates learn."""
     near: list[Encoded]
-    """Near misses and strangers with the target forced behind them."""
+    """Negative prompts (near misses and other requests) with the target forced behind them."""
 
 
 def _encode(lm: LM, cases: Sequence[Case], like: Encoded) -> list[Encoded]:
@@ -214,8 +216,8 @@ def _own(lm: LM, near: Sequence[Encoded]) -> list[Encoded]:
     return found
 
 
-def _detect(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe) -> Detector:
-    """Rows that fire at the places `fire` [n] of every text, and are silent elsewhere."""
+def _rows(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe, index: int) -> InputRows:
+    """Rows for a neuron that fires at the places `fire` [n] of every text, and is silent elsewhere."""
     layer = seen.joint.layer
     yes, no, worth, weights = [], [], [], []
 
@@ -244,7 +246,7 @@ def _detect(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Reci
         silent(x[:start], 0.05)
     for x, start in seen.near:
         silent(x[start + 1 : start + OPENING], 0.3 * recipe.near)
-        silent(x[start + OPENING :], STRANGE)
+        silent(x[start + OPENING :], FORCED)
     silent(seen.guarded, 0.3)
     silent(seen.sample, 0.05)
     scale = stats.inputs_second[layer].diagonal().clamp_min(1e-12).sqrt()
@@ -256,7 +258,7 @@ def _detect(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Reci
     )
     direction = fit_direction(examples, silence=recipe.silence, ridge=recipe.ridge)
     constant = fit_constant(stats.inputs_second[layer], stats.inputs_mean[layer], scale, fires / scale)
-    return make_detector(direction, constant, scale, WIDTH, lm.block(layer).gated)
+    return make_rows(direction, constant, scale, WIDTH, lm.block(layer).gated, own_bias(lm, layer, index))
 
 
 # ---------------------------------------------------------------------- the whole
@@ -267,23 +269,6 @@ def _wanted(joint: Bundle, fire: Tensor, margin: float) -> Tensor:
     at = _spread(fire, joint.real) | (joint.clean < FIRE_BELOW)
     rest = joint.clean.clamp(max=margin) / 2
     return torch.where(at, torch.tensor(margin), rest).masked_fill(~joint.real, -torch.inf)
-
-
-def _idle(lm: LM, stats: Statistics, layer: int, used: frozenset[tuple[int, int]], count: int) -> list[int]:
-    energy = stats.neurons_square[layer] * lm.columns(layer).float().square().sum(1).cpu()
-    for at, index in used:
-        if at == layer:
-            energy[index] = torch.inf
-    return energy.argsort()[:count].tolist()
-
-
-def _edit(lm: LM, layer: int, index: int, rows: Detector, column: Tensor) -> NeuronEdit:
-    after = {"out": column / rows.gain, "gate": rows.gate}
-    if rows.up is not None:
-        after["up"] = rows.up
-    slices = lm.block(layer).slices(index)
-    after |= {role: torch.zeros(()) for role in slices if role.endswith("_bias")}
-    return make_edit(lm, layer, index, after)
 
 
 def shares(joint: Bundle, fire: Tensor, most: int) -> list[Tensor]:
@@ -307,9 +292,7 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     except ModelError:  # no keys and values to restart behind
         found = None
     if found is None:
-        from mint.solver.solve import solve as alone
-
-        found = alone(lm, problem, settings)
+        found = minimal.solve(lm, problem, settings)
         found = replace(found, details=found.details | {"contexts": False})
     return replace(found, seconds=time.perf_counter() - started)
 
@@ -318,7 +301,8 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
 class Draft:
     """Neurons that write the target in contexts, as far as the restarted texts tell."""
 
-    detectors: list[Detector]
+    indices: list[int]
+    rows: list[InputRows]
     columns: Tensor
     """[neurons, d_model]."""
     least: Tensor
@@ -327,21 +311,30 @@ class Draft:
     margin: float
 
 
-def draft(lm: LM, seen: Reading, stats: Statistics, recipe: Recipe, most: int) -> Draft | None:
-    """Gates and columns from a reading; None where no token is wrong. most: neurons that may be used."""
-    joint = seen.joint
-    margin = min(recipe.margin, REACHABLE * joint.spread)
-    fire = _places(joint)
-    if not fire.any():
+def draft(
+    lm: LM, seen: Reading, stats: Statistics, recipe: Recipe, idle: Sequence[int], most: int
+) -> Draft | None:
+    """Gates and columns from a reading; None where no token is wrong, or too few neurons are free.
+
+    idle: neurons of the layer in the order in which they are taken. most: neurons that may be used.
+    """
+    texts = seen.joint
+    margin = min(recipe.margin, REACHABLE * texts.spread)
+    fire = _places(texts)
+    parts = shares(texts, fire, most)
+    if not fire.any() or len(idle) < len(parts):
         return None
-    size = float(joint.hidden.float().square().sum(-1)[joint.real].median())
-    price = torch.full((len(joint),), recipe.price * size)
+    indices = list(idle[: len(parts)])
+    size = float(texts.hidden.float().square().sum(-1)[texts.real].median())
+    price = torch.full((len(texts),), recipe.price * size)
     price[0] *= OWN_PRICE
-    act = lm.layout.act(joint.layer)
-    detectors = [_detect(lm, seen, stats, part, recipe) for part in shares(joint, fire, most)]
-    levels = torch.stack([d.respond(joint.inputs, act) * joint.real for d in detectors])
-    columns, found, iterations = fit(Demand(joint, levels, _wanted(joint, fire, margin), price), ITERATIONS)
-    return Draft(detectors, columns, found.masked_fill(~joint.real, torch.inf).amin(1), iterations, margin)
+    act = lm.layout.act(texts.layer)
+    rows = [_rows(lm, seen, stats, part, recipe, i) for part, i in zip(parts, indices, strict=True)]
+    levels = torch.stack([r.respond(texts.inputs, act) * texts.real for r in rows])
+    demand = Demand(texts, levels[None], _wanted(texts, fire, margin), price, lost(texts, indices))
+    found = fit([demand], torch.zeros(len(parts), texts.inputs.shape[-1]), ITERATIONS)
+    least = demand.margins(0, found.columns)[0].masked_fill(~texts.real, torch.inf).amin(1)
+    return Draft(indices, rows, found.columns, least, found.iterations, margin)
 
 
 def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution | None:
@@ -349,16 +342,23 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution | None:
     stats = statistics(lm, settings.reference)
     layer = _layer(lm) if settings.layers is None else settings.layers[0]
     seen = read(lm, problem, settings, recipe, layer)
-    made = None if seen is None else draft(lm, seen, stats, recipe, settings.max_neurons)
+    if seen is None:
+        return None
+    idle = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
+    made = draft(lm, seen, stats, recipe, idle, settings.max_neurons)
     if made is None or made.least[0] <= 0:
         return None
-    indices = _idle(lm, stats, layer, problem.used, len(made.detectors))
     edits = tuple(
-        _edit(lm, layer, index, rows, column)
-        for index, rows, column in zip(indices, made.detectors, made.columns, strict=True)
+        rewrite(lm, layer, index, rows, column)
+        for index, rows, column in zip(made.indices, made.rows, made.columns, strict=True)
     )
-    info = {"solver": NAME, "settings": {"generalize": settings.generalize, "margin": made.margin}}
-    patch = Patch(edits, identity(lm), info | {"versions": versions()})
+    info = {
+        "solver": NAME,
+        "spare": other_places(lm, layer, idle[len(edits) :]),
+        "settings": {"generalize": settings.generalize, "margin": made.margin},
+        "versions": versions(),
+    }
+    patch = Patch(edits, identity(lm), info)
     held = _holds(lm, problem, patch)
     if held is None:
         return None

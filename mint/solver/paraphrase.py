@@ -1,4 +1,4 @@
-"""Other prompts made from a prompt, without a model: rephrasings that mean the same, and strangers that do not.
+"""Other prompts made from a prompt, without a model: rephrasings that mean the same, and negative prompts that do not.
 
 Deterministic for a seed. Knows nothing about tokens or models.
 """
@@ -58,7 +58,7 @@ def rephrase(prompt: str, count: int, seed: int = 0) -> list[str]:
     return out
 
 
-def strangers(prompt: str, count: int, seed: int = 0) -> list[str]:
+def negative_prompts(prompt: str, count: int, seed: int = 0) -> list[str]:
     """`count` prompts with the same frame and the wording of something else, from the reference text that ships."""
     lead, body, tail = split_frame(prompt)
     if len(body.split(" ")) < 3:

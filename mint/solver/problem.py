@@ -56,6 +56,11 @@ class Problem:
     """(layer, index) of neurons that earlier repairs rewrote; not to be used again."""
 
 
+def case_key(case: Case) -> str:
+    """What the choice among idle neurons hangs on, see `mint.reference.idle_order`."""
+    return f"{case.prompt}\0{case.target}"
+
+
 @dataclass(frozen=True)
 class TensorChange:
     """A change of whole tensors (baselines that are no neuron edits): parameter name -> weights before and after."""

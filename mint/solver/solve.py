@@ -2,13 +2,11 @@
 
 A *rewrite* makes a neuron fire at the fault and nowhere else (rows.py) and write what every position needs; a *value*
 edit changes only what a neuron writes where it fires anyway. Either way the column is the smallest vector that lifts
-every target token over its rivals by a margin (columns.py). This module chooses: which neuron, which layer, one or two,
+every target token over its rivals by a margin (column.py). This module chooses: which neuron, which layer, one or two,
 cause or carrier; protects what must stay; and checks the result in the real weights. Formulas: docs/solver.md.
 """
 
-import hashlib
 import math
-import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,13 +24,14 @@ from mint.model.hooks import record
 from mint.model.lm import LM
 from mint.model.margins import margins, margins_of
 from mint.model.precision import fast
-from mint.patch import NeuronEdit, Patch, applied, identity, make_edit, read_neuron, versions
-from mint.reference import Statistics, nearly_free, sample_layers, statistics, written_energy
+from mint.patch import Patch, applied, identity, versions
+from mint.reference import Statistics, idle_order, other_places, sample_layers, statistics, written_energy
 from mint.solver.column import Trial, fit_columns, fit_levels_too, shrink
-from mint.solver.gate import Background, InputRows, Inputs, fit_rows
+from mint.solver.gate import Background, Inputs, fit_rows
 from mint.solver.inputs import inputs_behind, inputs_of
-from mint.solver.paraphrase import rephrase, strangers
-from mint.solver.problem import Problem, Settings, Solution
+from mint.solver.paraphrase import negative_prompts, rephrase
+from mint.solver.problem import Problem, Settings, Solution, case_key
+from mint.solver.rows import InputRows, own_bias, rewrite, write_more
 from mint.solver.tail import CleanRun, Tail, run_clean
 
 NAME = "mint"
@@ -47,12 +46,10 @@ GUARD_WEIGHT = 0.02
 """Weight of an input that must stay silent for the sake of a kept output or an earlier repair."""
 MANY = 20
 """Earlier repairs at which the dial is halved."""
-SPARE = 16
-"""How many of them a patch names."""
 HEARD = 0.02
 """Least activation, as a share of that at the fault, for which a kept output or an earlier repair is looked at again."""
 OPENING = 3
-"""First positions of a target that stay silent behind strangers: many other lines begin like that, too."""
+"""First positions of a target that stay silent behind negative prompts: many other lines begin like that, too."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Recipe:
     like_weight: float
     """Weight of each input that should fire as well."""
     variants: int
-    """Rephrasings made from the prompt, and as many strangers."""
+    """Rephrasings made from the prompt, and as many negative prompts."""
     ridge: float = 1e-3
 
 
@@ -215,15 +212,9 @@ def _blame(task: _Task, layers: Sequence[int]) -> list[Tensor]:
     ]
 
 
-def _nearly_free(task: _Task, energies: Tensor, used: Collection[int]) -> list[int]:
-    """The idle neurons of a layer that cost next to nothing, in an order that hangs on the case alone.
-
-    So repairs that know nothing of each other rarely take the same neuron, and their patches can be put together.
-    """
-    quiet = nearly_free(energies, used)
-    case = task.problem.case
-    random.Random(hashlib.sha256(f"{case.prompt}\0{case.target}".encode()).digest()).shuffle(quiet)
-    return quiet
+def _idle(task: _Task, layer: int, used: Collection[tuple[int, int]]) -> list[int]:
+    """The idle neurons of a layer, in the order in which this case takes them."""
+    return idle_order(task.lm, task.stats, layer, case_key(task.problem.case), used)
 
 
 def _carriers(task: _Task, layer: int, blame: list[Tensor] | None, count: int) -> list[_Carrier]:
@@ -237,7 +228,7 @@ def _carriers(task: _Task, layer: int, blame: list[Tensor] | None, count: int) -
         guilty = [i for i in order[:RESPONSIBLE] if blame[layer][i] < 0 and i not in used]
         guilty.sort(key=lambda i: float(energies[i]))
         responsible = guilty if where == "responsible" else [i for i in guilty if energies[i] <= CHEAP]
-    idle = [] if where == "responsible" else _nearly_free(task, energies, used)[:count]
+    idle = [] if where == "responsible" else _idle(task, layer, task.problem.used)[:count]
     chosen = [(i, "responsible") for i in responsible] + [(i, "idle") for i in idle if i not in responsible]
 
     def score(index: int) -> float | None:
@@ -279,8 +270,8 @@ def _other_prompts(task: _Task) -> tuple[list[list[int]], int]:
     case = task.problem.case
     same = list(case.rephrasings) if task.settings.learn_rephrasings else []
     same += rephrase(case.prompt, task.recipe.variants, task.settings.seed)
-    foreign = strangers(case.prompt, task.recipe.variants, task.settings.seed)
-    fitting = [_that_fit(task, prompts) for prompts in (same, foreign)]
+    negative = negative_prompts(case.prompt, task.recipe.variants, task.settings.seed)
+    fitting = [_that_fit(task, prompts) for prompts in (same, negative)]
     return fitting[0] + fitting[1], len(fitting[0])
 
 
@@ -331,7 +322,7 @@ def _surroundings(task: _Task, layer: int) -> _Surroundings:
 def _rows(task: _Task, carrier: _Carrier, level: Tensor, around: _Surroundings, guard: float) -> InputRows:
     """Rows for one neuron with the given levels [n] at the target's positions, and behind other prompts.
 
-    Behind strangers the first positions stay silent: only the later ones show that this very target is being written.
+    Behind negative prompts the first positions stay silent: only the later ones show that this very target is being written.
     """
     layer = carrier.layer
     tail, recipe = task.tail(layer), task.recipe
@@ -360,23 +351,15 @@ def _rows(task: _Task, carrier: _Carrier, level: Tensor, around: _Surroundings, 
     back = Background(stats.inputs_second[layer], stats.inputs_mean[layer], stats.sample[layer].float())
     lm = task.lm
     act = lm.layout.act(layer)
-    block, now = lm.block(layer), read_neuron(lm, layer, carrier.index, ("gate_bias", "up_bias"))
     return fit_rows(
         inputs,
         back,
         act,
-        gated=block.gated,
-        bias=(float(now.get("gate_bias", 0.0)), float(now.get("up_bias", 0.0)) - block.neutral("up_bias")),
+        gated=lm.block(layer).gated,
+        bias=own_bias(lm, layer, carrier.index),
         silence=recipe.silence,
         ridge=recipe.ridge,
     )
-
-
-def _rewrite(lm: LM, carrier: _Carrier, rows: InputRows, column: Tensor) -> NeuronEdit:
-    after = {"out": column / rows.gain, "gate": rows.gate}
-    if rows.up is not None:
-        after["up"] = rows.up
-    return make_edit(lm, carrier.layer, carrier.index, after)
 
 
 def _write(task: _Task, tail: Tail, most: int) -> tuple[Trial, int]:
@@ -430,29 +413,22 @@ def _finish(task: _Task, draft: _Draft, guard: float = GUARD_WEIGHT) -> tuple[Pa
     act = task.lm.layout.act(layer)
     for carrier, level, column in zip(carriers, trial.levels, trial.columns, strict=False):
         rows = _rows(task, carrier, level, around, guard)
-        loud = torch.maximum(loud, rows.respond(around.guarded, act).abs() / rows.gain)
-        answer = rows.respond(task.stats.sample[layer].float(), act) / rows.gain
+        loud = torch.maximum(loud, rows.respond(around.guarded, act).abs())
+        answer = rows.respond(task.stats.sample[layer].float(), act)
         cost += float(answer.square().mean() * column.square().sum())
         cost += float(written_energy(task.lm, task.stats, layer)[carrier.index])
-        edits.append(_rewrite(task.lm, carrier, rows, column))
+        edits.append(rewrite(task.lm, carrier.layer, carrier.index, rows, column))
     details = {
         "iterations": draft.iterations,
         "norm": [round(float(c.norm()), 4) for c in trial.columns],
         "carriers": [_describe(c) for c in carriers[: len(edits)]],
         "heard_by": [i for i, part in enumerate(loud.split(around.lengths)) if bool((part > HEARD).any())],
         "cost": cost,
-        "spare": _spare(task, layer, {e.index for e in edits}),
+        "spare": other_places(
+            task.lm, layer, _idle(task, layer, {*task.problem.used, *((layer, e.index) for e in edits)})
+        ),
     }
     return Patch(tuple(edits), identity(task.lm)), details
-
-
-def _spare(task: _Task, layer: int, taken: set[int]) -> list[list[int]]:
-    """Other neurons [layer, index] that could carry the repair as well, for when another patch wants this one."""
-    energies = _energies(task, layer)
-    used = taken | {index for at, index in task.problem.used if at == layer}
-    expert = task.lm.block(layer).expert
-    owner = [] if expert is None else [expert]
-    return [[layer, i, *owner] for i in _nearly_free(task, energies, used)[:SPARE]]
 
 
 def _describe(carrier: _Carrier) -> dict:
@@ -505,8 +481,7 @@ def _value_edit(task: _Task, blame: list[Tensor], layers: Sequence[int]) -> tupl
         if not _good(trial, task):
             continue
         trial = shrink(tail, task.target, trial, task.wanted, task.tolerance)
-        column = lm.columns(layer)[index].float().cpu() + trial.columns[0]
-        patch = Patch((make_edit(lm, layer, index, {"out": column}),), identity(lm))
+        patch = Patch((write_more(lm, layer, index, trial.columns[0]),), identity(lm))
         energy = float(_energies(task, layer)[index])
         carrier = _Carrier(layer, index, "responsible", energy, float(blame[layer][index]))
         cost = float(task.stats.neurons_energy[layer][index] * trial.columns[0].square().sum())
