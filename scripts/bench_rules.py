@@ -34,7 +34,7 @@ from mint.measure import specificity
 from mint.model.lm import LM
 from mint.model.loading import BUILTIN, load_lm
 from mint.patch import Patch, make_edit
-from mint.reference import statistics
+from mint.reference import passages, statistics
 from mint.rules.cut import settle
 from mint.rules.figures import Prompted, count_faults, count_kept, lines_of, prepared, write_all
 from mint.rules.judge import text_of
@@ -408,19 +408,28 @@ def measure(trial: Trial, method: str, clean: specificity.CleanOutputs) -> dict:
     }
 
 
+def ordinary(lm: LM) -> list[specificity.Measured]:
+    """What side effects are measured on: the lines that ship, and the code that no solver reads."""
+    text = (Path(__file__).parents[1] / "mint/data/heldout/code.txt").read_text(encoding="utf-8")
+    own = passages(lm, [p.strip("\n") + "\n" for p in text.split("\n---\n")])
+    return [*measured_sequences(lm), *map(specificity.of_ids, own)]
+
+
 def run(args: argparse.Namespace) -> None:
     """Every method on every rule, or mint's learn-curve."""
     lm, ledger = load_lm(args.model), Ledger(args.out)
     statistics(lm)
-    clean = specificity.clean_outputs(lm, measured_sequences(lm))
+    clean = specificity.clean_outputs(lm, ordinary(lm))
     jobs = [("mint", n) for n in CURVE] if args.curve else [(m, args.learn) for m in args.methods or METHODS]
     for path in args.rules:
         rule = load_rule(path)
+        whole = None
         for method, learn in jobs:
             key = f"{rule.name} {method} {learn}"
             if key in ledger:
                 continue
-            trial = trial_of(lm, rule, learn)
+            whole = whole or trial_of(lm, rule, max(n for _, n in jobs))
+            trial = replace(whole, learnt=whole.learnt[:learn])
             if len(trial.learn) < learn:
                 print(f"{key}: only {len(trial.learn)} faults to learn from, left out", flush=True)
                 continue
