@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from mint.case import Case
+from mint.case import Case, load_cases
 from mint.errors import MintError
+from mint.evaluation.drift import pass_at_1
 from mint.evaluation.ledger import Ledger
 from mint.files import write_file
-from mint.measure import specificity
+from mint.measure import judges, specificity
 from mint.model.lm import LM
 from mint.model.loading import BUILTIN, load_lm
 from mint.patch import Patch, make_edit
@@ -481,11 +482,16 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def row(args: argparse.Namespace) -> None:
-    """Rules one after another in one session, as `mint repair --rule` does it; at checkpoints all so far are tested again."""
+    """Rules one after another in one session, as `mint repair --rule` does it; at checkpoints all so far are tested again.
+
+    Programs are tasks with tests beside them (`python -m tasks humaneval`): pass@1 before the first rule and after the last.
+    """
     lm, ledger = load_lm(args.model), Ledger(args.out)
     rules = [load_rule(path) for path in args.rules[: args.limit]]
     done: list[tuple[str, list[Prompted], int]] = []
     refused: dict[str, str] = {}
+    programs = [(load_cases(p), judges.load_tests_beside(p) or {}) for p in args.programs]
+    at_first = [pass_at_1(lm, *one) for one in programs]
 
     def after(session: Session, one: RuleRepair) -> None:
         unseen = one.part("fault", "unseen")
@@ -513,6 +519,8 @@ def row(args: argparse.Namespace) -> None:
             {"key": f"row {len(done)}", "rules": len(done), "right now, at first, of": now, "refused": dict(refused),
              "changed": 0.0 if effects is None else 1 - effects.argmax_unchanged,
              "broken": 0.0 if effects is None else effects.argmax_broken}
+            | ({"pass@1 at first": at_first, "pass@1": [pass_at_1(lm, *one) for one in programs]}
+               if programs and len(done) == len(rules) else {})
         )  # fmt: skip
         print(json.dumps(ledger.rows[f"row {len(done)}"]), flush=True)
 
@@ -569,6 +577,9 @@ def main() -> None:
         command.add_argument("--learn", type=int, default=8)
         if name == "row":
             command.add_argument("--limit", type=int, help="only the first so many rules")
+            command.add_argument(
+                "--programs", action="append", default=[], help="cases with tests beside them"
+            )
             command.add_argument(
                 "--at",
                 type=int,
