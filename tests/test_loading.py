@@ -117,9 +117,7 @@ def test_files_that_are_no_gguf(tmp_path):
     writer.close()
     for data in (path.read_bytes(), path.read_bytes()[:20]):
         path.write_bytes(data)
-        with pytest.raises(
-            ModelError, match="cannot be read as a GGUF model .*is the file complete"
-        ) as caught:
+        with pytest.raises(ModelError, match="holds no tokenizer|is cut off or damaged") as caught:
             load_lm(str(path))
         one_line(caught)
 

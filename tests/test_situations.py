@@ -501,6 +501,50 @@ def test_a_gguf_file_without_some_weights_is_refused(tmp_path):
     refused(write_gguf(tmp_path / "some.gguf", some), "lacks 1 weights .first: model.layers.2.mlp.up_proj")
 
 
+def test_a_gguf_file_that_is_cut_off_anywhere_is_refused_for_that(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", list(gguf_tensors()))
+    whole = path.read_bytes()
+    for length in (4, 10, 100, 5000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(
+            path,
+            f"is cut off or damaged: its header does not fit its {length:,} bytes .*download or copy the file again",
+        )
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(path, "m.gguf is a git-lfs pointer, and not the file itself; run 'git lfs pull'")
+    path.write_bytes(whole[:4] + (1).to_bytes(4, "little") + whole[8:])
+    refused(
+        path,
+        "is of GGUF version 1, which is not read .2 and 3 are.; convert the model again with a current llama.cpp",
+    )
+    first, second = in_two(tmp_path)
+    second.write_bytes(second.read_bytes()[:-5])
+    refused(first, "m-00002-of-00002.gguf is cut off or damaged")
+
+
+def test_gguf_files_of_other_architectures_and_without_a_tokenizer(tmp_path):
+    for architecture, match in (
+        (
+            "wizard",
+            "of the architecture 'wizard', which transformers does not read from GGUF; give the directory or hub id",
+        ),
+        ("clip", "holds a vision tower, no model; give the model's own GGUF file"),
+        ("llama", "holds no tokenizer .tokenizer.ggml.model is missing.; convert the model again"),
+    ):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+        writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        refused(tmp_path / "m.gguf", match)
+
+
+def test_an_ending_in_capitals_is_a_gguf_file_too(tmp_path):
+    names = list(gguf_tensors())
+    assert load_lm(str(write_gguf(tmp_path / "M.GGUF", names))).n_layers == 3
+
+
 def test_gguf_files_that_hold_no_model(tmp_path):
     refused(write_gguf(tmp_path / "a.gguf", [], kind="adapter"), "holds a LoRA adapter, no model")
 
@@ -865,6 +909,74 @@ def test_weights_of_a_variant_are_not_read_and_the_advice_works(tmp_path, ending
     run_advice(line)
     lm = load_lm(str(tmp_path / "m-fp16"))
     assert lm.dtype == torch.float16 and lm.n_layers == 3
+
+
+@pytest.mark.parametrize(
+    "copy",
+    ["model.fp16.safetensors", "model-00001-of-00001.safetensors", "tf_model.h5", "flax_model.msgpack"],
+)
+def test_a_copy_of_the_weights_that_would_stay_unpatched_stops_a_patch(tmp_path, copy):
+    from mint.errors import PatchError
+    from mint.patch import Patch, checkpoint, identity, make_edit
+
+    folder = saved(tmp_path / "m")
+    lm = load_lm(str(folder))
+    patch = Patch((make_edit(lm, 1, 3, {"out": lm.columns(1)[3] * 2}),), identity(lm))
+    shutil.copyfile(folder / "model.safetensors", folder / copy)
+    with pytest.raises(
+        PatchError, match=f"also holds {copy}, whose weights would stay unpatched .* remove it"
+    ):
+        checkpoint.apply(folder, patch)
+    (folder / copy).unlink()
+    checkpoint.apply(folder, patch)
+
+
+def test_force_does_not_replace_the_models_own_files(tmp_path, capsys):
+    folder = saved(tmp_path / "m")
+    whole = (folder / "model.safetensors").read_bytes()
+    texts = ["-p", "# sort list l\n", "-t", "l.pop()\n", "--no-contexts", "--no-explain", "--force"]
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert main(["repair", "-m", str(folder), *texts, "--out", str(folder / name)]) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert (
+            f"{name} belongs to the model in" in told
+            and "--force does not replace it; give another name" in told
+        )
+    assert (folder / "model.safetensors").read_bytes() == whole
+    for _ in range(2):
+        assert main(["repair", "-m", str(folder), *texts, "--out", str(folder / "fix.safetensors")]) == 0
+
+
+def test_numbers_of_one_embedding_row_that_are_not_finite_are_told_where_they_are_met(tmp_path):
+    folder = saved(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][byte_tokenizer()("b").input_ids[0]] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    lm = load_lm(str(folder))
+    assert lm.generate([lm.encode_prompt("a")], 1)
+    with pytest.raises(
+        CaseError,
+        match="holds the token 'b' .id 66., whose row in the embedding .* not made of finite numbers",
+    ):
+        lm.generate([lm.encode_prompt("abc")], 1)
+
+
+def test_weights_that_are_all_zeros_are_told(tmp_path):
+    folder = saved(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v * 0 for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    refused(
+        folder,
+        "gives every token the same logit: its weights are zeros or were never filled; copy the weights",
+    )
+
+
+def test_names_of_dtypes_in_config(tmp_path):
+    folder = saved(tmp_path / "m", dtype=torch.float16)
+    edit_json(folder / "config.json", dtype="half")
+    assert load_lm(str(folder)).dtype == torch.float16 and not load_lm(str(folder)).notes
+    edit_json(folder / "config.json", dtype=16)
+    refused(folder, "says dtype 16, which is the name of none; write float32, bfloat16, float16")
 
 
 def test_a_model_without_layers_is_refused_for_that(tmp_path):

@@ -133,8 +133,26 @@ def check_free(path: Path | None, force: bool) -> None:
         raise MintError(f"{path} is a directory; give the name of a file")
     if path.exists() and not force:
         raise MintError(f"{path} exists; give another name, or --force to replace it")
+    if path.exists() and _belongs_to_a_model(path):
+        raise MintError(
+            f"{path} belongs to the model in {path.parent}, and --force does not replace it; give another name"
+        )
     if not path.parent.is_dir():
         raise MintError(f"cannot write {path}: {path.parent} is no directory; make it first")
+
+
+def _belongs_to_a_model(path: Path) -> bool:
+    """Whether a file is a part of the model directory that it lies in: a page of mint's is none, and a patch is none."""
+    if not (path.parent / "config.json").is_file() or path.suffix == ".html":
+        return False
+    from mint.errors import PatchError
+    from mint.patch import load as load_patch
+
+    try:
+        load_patch(path)
+    except PatchError:
+        return True
+    return False
 
 
 def check_stop(stop: str) -> None:

@@ -17,12 +17,17 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from mint.errors import ModelError
+from mint.model.saved import refuse_pointer
 
 # Raised when the way of converting changes, so that directories made by an older one are not used.
 _VERSION = 1
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.gguf)", re.IGNORECASE)
+_FIELDS = (
+    "split.no", "split.count", "split.tensors.count", "general.type", "general.architecture", "tokenizer.ggml.model",
+)  # fmt: skip
 
 
 def parts(path: Path) -> list[Path]:
@@ -37,7 +42,7 @@ def parts(path: Path) -> list[Path]:
         files = [path]
     else:
         count = int(found["count"])
-        names = [f"{found['stem']}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+        names = [f"{found['stem']}-{n:05d}-of-{count:05d}{found['ending']}" for n in range(1, count + 1)]
         files = [path.with_name(n) for n in names]
         missing = [f.name for f in files if not f.is_file()]
         if missing:
@@ -46,6 +51,7 @@ def parts(path: Path) -> list[Path]:
                 " parts into one folder"
             )
     for file in files:
+        refuse_pointer(file)
         with file.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise ModelError(
@@ -98,10 +104,7 @@ def convert(files: Sequence[Path], folder: Path) -> None:
     Raises `ModelError` for a file that cannot be read as a model, is cut off, or lacks weights.
     """
     whole = files[0]
-    kind = _checked(files)
-    if kind in ("adapter", "mmproj"):
-        raise ModelError(f"{whole} holds {'a LoRA adapter' if kind == 'adapter' else 'a vision tower'}, no model; give the"
-                         " model's own GGUF file")  # fmt: skip
+    _check_kind(whole, _checked(files))
     merged = None
     try:
         if len(files) > 1:
@@ -119,7 +122,7 @@ def convert(files: Sequence[Path], folder: Path) -> None:
     except Exception as error:  # the readers of GGUF raise whatever they stumble over
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"{files[0]} cannot be read as a GGUF model ({said[:200]}); is the file complete?"
+            f"{files[0]} cannot be read as a GGUF model ({said[:200]}); give the directory or hub id that it was converted from"
         ) from error
     finally:
         if merged is not None:
@@ -141,24 +144,51 @@ def convert(files: Sequence[Path], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _checked(files: Sequence[Path]) -> str:
-    """What a GGUF file holds (`general.type`, default `model`); raises `ModelError` unless the parts are one whole."""
+def _check_kind(file: Path, values: dict) -> None:
+    """Raise `ModelError` for a file that is no language model, or none that transformers can read."""
+    kind, architecture = values.get("general.type", "model"), str(values.get("general.architecture"))
+    if kind in ("adapter", "mmproj") or architecture == "clip":
+        what = "a LoRA adapter" if kind == "adapter" else "a vision tower"
+        raise ModelError(f"{file} holds {what}, no model; give the model's own GGUF file")
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES or architecture in ("general", "tokenizer"):
+        raise ModelError(
+            f"{file} holds a model of the architecture '{architecture}', which transformers does not read from GGUF; give the"
+            " directory or hub id that the file was converted from"
+        )
+    if "tokenizer.ggml.model" not in values:
+        raise ModelError(
+            f"{file} holds no tokenizer (tokenizer.ggml.model is missing); convert the model again with its tokenizer files"
+            " beside it, or give the directory that it was converted from"
+        )
+
+
+def _unread(file: Path, error: Exception) -> ModelError:
+    """What to say of a file at which the reader of GGUF stumbled: it checks no length, and ends in numpy's errors."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if "version" in said:
+        with file.open("rb") as stream:
+            version = stream.read(8)[4:]
+        return ModelError(
+            f"{file} is of GGUF version {int.from_bytes(version, 'little')}, which is not read (2 and 3 are); convert the model"
+            " again with a current llama.cpp"
+        )
+    return ModelError(
+        f"{file} is cut off or damaged: its header does not fit its {file.stat().st_size:,} bytes ({said[:120]}); download or"
+        " copy the file again"
+    )
+
+
+def _checked(files: Sequence[Path]) -> dict:
+    """Entries of the first file's header (`_FIELDS`); raises `ModelError` unless the parts are one whole."""
     import gguf
 
-    held, wanted, kind, numbers = 0, None, "model", []
+    held, wanted, first, numbers = 0, None, {}, []
     for file in files:
         try:
             reader = gguf.GGUFReader(file)
-            value = {
-                k: f.contents()
-                for k in ("split.no", "split.count", "split.tensors.count", "general.type")
-                if (f := reader.fields.get(k)) is not None
-            }
+            value = {k: f.contents() for k in _FIELDS if (f := reader.fields.get(k)) is not None}
         except Exception as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(
-                f"{file} cannot be read as a GGUF model ({said[:200]}); is the file complete?"
-            ) from error
+            raise _unread(file, error) from error
         count = int(value.get("split.count") or 1)
         if max(count, 1) != len(files) and count > 1:
             raise ModelError(
@@ -168,7 +198,7 @@ def _checked(files: Sequence[Path]) -> str:
         held += len(reader.tensors)
         numbers.append(value.get("split.no"))
         wanted = value.get("split.tensors.count", wanted)
-        kind = value.get("general.type", kind) if file == files[0] else kind
+        first = first or value
     known = [n for n in numbers if n is not None]
     if len(files) > 1 and known and known != list(range(len(files))):
         raise ModelError(
@@ -177,7 +207,7 @@ def _checked(files: Sequence[Path]) -> str:
         )
     if wanted is not None and len(files) > 1 and int(wanted) not in (held, 0) and int(wanted) > held:
         raise ModelError(f"{files[0]} and its parts hold {held} of {wanted} tensors; are the files complete?")
-    return str(kind)
+    return first
 
 
 def _merge(files: Sequence[Path], out: Path) -> None:

@@ -249,6 +249,13 @@ class LM:
                 f"{what} holds the token {self.decode([beyond])!r} (id {beyond}), and the embedding of {self.name} has"
                 f" {self.n_embedded} rows; leave the token out, or use the tokenizer that belongs to the model"
             )
+        rows = self.embedding[sorted(set(ids))]
+        if rows.device.type != "meta" and not rows.isfinite().all():
+            broken = next(i for i in ids if not self.embedding[i].isfinite().all())
+            raise CaseError(
+                f"{what} holds the token {self.decode([broken])!r} (id {broken}), whose row in the embedding of {self.name} is"
+                " not made of finite numbers; leave the token out, or copy the weights again"
+            )
 
     def stop_ids(self) -> set[int]:
         """Ids that end generation: the model's and the tokenizer's end-of-sequence (end-of-turn) tokens."""

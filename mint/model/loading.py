@@ -128,7 +128,7 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Within: transformers shows no bars and no warnings; what matters is told by mint."""
     bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
@@ -190,7 +190,12 @@ def _read_config(saved: Saved, name: str, options: dict) -> PreTrainedConfig:
             f"the config.json of {saved.name} gives the model {layers} layers (num_hidden_layers), and mint changes neurons of"
             " layers; copy the config.json that belongs to the weights"
         )
-    kind = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not isinstance(dtype, str | torch.dtype):
+        raise ModelError(
+            f"the config.json of {saved.name} says dtype {dtype!r}, which is the name of none; write {', '.join(DTYPES)}"
+        )
+    kind = str(dtype).removeprefix("torch.")
     if kind.startswith("float8"):
         raise _unwritable(saved.name, kind)
     return config
@@ -381,6 +386,10 @@ def _check_runs(model: PreTrainedModel, name: str) -> None:
         raise ModelError(
             f"{name} gives numbers that are not finite in {str(model.dtype).removeprefix('torch.')}; {wider}"
         )
+    if logits.numel() > 1 and logits.amax() == logits.amin():
+        raise ModelError(
+            f"{name} gives every token the same logit: its weights are zeros or were never filled; copy the weights again"
+        )
     noise = 16 * torch.finfo(model.dtype).eps * logits.abs().max()
     if rows > 1 and (first - second).abs().max() > noise:
         raise ModelError(
@@ -393,7 +402,7 @@ def _source(name: str, say: Callable[[str], None]) -> str:
     """The directory or hub id whose files are read for a name."""
     if name == BUILTIN and not Path(name).exists():
         return str(builtin_path(say))
-    if name.endswith(".gguf") and not Path(name).is_dir():
+    if name.lower().endswith(".gguf") and not Path(name).is_dir():
         return str(gguf.converted(Path(name).expanduser(), cache_dir(), say))
     return name
 
@@ -422,7 +431,7 @@ def load_lm(
         adapters.check_library()
     if done := journal.recover(name, say):
         logging.getLogger("mint").warning(done)
-    with _quiet():
+    with quiet_transformers():
         source = _source(name, say)
         say(f"loading {name}")
         saved = read_saved(source, revision, adapter is not None, name)
@@ -440,7 +449,7 @@ def load_lm(
             nn.Module.to(model, device)  # the model's own `to` has lost its type in a decorator
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"cannot use device '{device}' ({_line(error)}); use --device cpu") from None
-    with _quiet():
+    with quiet_transformers():
         _check_runs(model, name)
     commit = getattr(model.config, "_commit_hash", None)
     layout = find_layout(model)
@@ -497,7 +506,7 @@ def save_merged(
     say(f"writing {out}")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / "model"
-        with _quiet():
+        with quiet_transformers():
             lm.model.save_pretrained(folder)
             lm.tokenizer.save_pretrained(folder)
         weights = {*saved.weights, *saved.unread, "config.json"}

@@ -124,7 +124,8 @@ class Saved:
         text = self.config.get("text_config")
         places = [self.config, text if isinstance(text, dict) else {}]
         found = next((p[k] for p in places for k in ("dtype", "torch_dtype") if p.get(k)), None)
-        return None if found is None else str(found).removeprefix("torch.")
+        name = str(found).removeprefix("torch.")
+        return None if found is None else {"half": "float16", "float": "float32"}.get(name, name)
 
     def size(self) -> int | None:
         """How many weights the files hold, at most; None for a hub id."""

@@ -26,7 +26,7 @@ from mint.console import Say
 from mint.errors import ModelError, PatchError
 from mint.model.layout import weight_of
 from mint.model.lm import fingerprint, hash_vocabulary, sampled
-from mint.model.loading import BUILTIN, builtin_path, load_lm
+from mint.model.loading import BUILTIN, builtin_path, load_lm, quiet_transformers
 from mint.model.saved import read_saved
 from mint.patch import Patch, check
 from mint.patch import apply as apply_in_memory
@@ -41,7 +41,10 @@ __all__ = ["PROVENANCE", "applied_patches", "apply", "patch_id", "revert"]
 
 _log = logging.getLogger("mint")
 _SIDES = {"apply": ("before", "after"), "revert": ("after", "before")}
-_COPIES = ("pytorch_model*.bin", "consolidated*", "pytorch_model*.pt", "*.pth")
+_COPIES = (
+    "pytorch_model*.bin", "consolidated*", "pytorch_model*.pt", "*.pth", "tf_model*.h5",
+    "flax_model*.msgpack",
+)  # fmt: skip
 """Files that hold the same weights once more, and that some reader prefers to the safetensors files."""
 _FICLONE = 0x40049409
 """ioctl of Linux: make a file share the blocks of another until either changes (btrfs, xfs, bcachefs)."""
@@ -124,7 +127,7 @@ def _folder_of(model: str, patch: Patch, say: Say) -> Path | None:
         return folder
     if model == BUILTIN:
         return builtin_path(say)
-    if folder.exists() or model.endswith(".gguf"):
+    if folder.exists() or model.lower().endswith(".gguf"):
         return None
     try:
         cached = try_to_load_from_cache(model, "config.json", revision=patch.base.get("revision"))
@@ -161,8 +164,9 @@ def _save_anew(model: str, folder: Path | None, patch: Patch, verb: str, out: Pa
     with _as_patch_error(out), journal.new_folder(out, say) as making:
         say(f"writing {out}")
         (apply_in_memory if verb == "apply" else revert_in_memory)(lm, patch)
-        lm.model.save_pretrained(making)
-        lm.tokenizer.save_pretrained(making)
+        with quiet_transformers():
+            lm.model.save_pretrained(making)
+            lm.tokenizer.save_pretrained(making)
         if folder is not None:
             _copy_rest(folder, making)
         for name, text in texts_after(making, patch, verb, card=True).items():
