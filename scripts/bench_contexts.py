@@ -5,6 +5,7 @@
         --out results/contexts.jsonl
 
 One row a case and solver, written as it is measured; the same command goes on where it stopped, and `--show` only adds up.
+`--plot FILE` draws all solvers and values of the dial: near misses that change against contexts and wordings that hold.
 `changed` are shares of the tokens of 12 other lines of the same file, and of the held-out code that ships. Intervals are 95 %,
 by a bootstrap that draws cases.
 """
@@ -13,11 +14,14 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from mint import pictures
 from mint.case import Case, load_cases
+from mint.evaluation import charts
 from mint.measure import places
 from mint.measure.specificity import clean_outputs, compare, of_case, of_ids
 from mint.model.lm import LM, Encoded
@@ -28,6 +32,8 @@ from mint.solver import SOLVERS
 from mint.solver.problem import Problem, Settings, changed
 
 OTHERS = 12
+DIAL = 0.5
+"""Default of `--generalize`."""
 LONGEST = 30
 
 
@@ -106,26 +112,60 @@ FIGURES = {
 }
 
 
-def show(rows: list[dict], resamples: int = 1000) -> None:
-    """A table: one column a solver, the 95 % interval behind each figure."""
-    names = list(dict.fromkeys(r["solver"] for r in rows))
-    print(f"| | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
+RESAMPLES = 1000
+
+
+def interval(rows: list[dict], figure: Callable[[list[dict]], float]) -> tuple[float, float]:
+    """95 %, by drawing cases anew."""
     draw = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        many = [figure([rows[i] for i in draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+    low, high = np.nanpercentile(many, [2.5, 97.5]) if not np.isnan(many).all() else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def by_solver(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by solver, those of a dial's values apart where there are several."""
+    several = {r["solver"] for r in rows if r["generalize"] != DIAL}
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        name = row["solver"] + (f", {row['generalize']:g}" if row["solver"] in several else "")
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def show(rows: list[dict]) -> None:
+    """A table: one column a solver, the 95 % interval behind each figure."""
+    solvers = by_solver(rows)
+    print(f"| | {' | '.join(solvers)} |\n| --- |{' --- |' * len(solvers)}")
     for label, figure in FIGURES.items():
         cells = []
-        for name in names:
-            own = [r for r in rows if r["solver"] == name]
-            with np.errstate(all="ignore"):
-                many = [
-                    figure([own[i] for i in draw.integers(len(own), size=len(own))]) for _ in range(resamples)
-                ]
-            low, high = np.nanpercentile(many, [2.5, 97.5]) if not np.isnan(many).all() else (np.nan, np.nan)
+        for own in solvers.values():
+            low, high = interval(own, figure)
             cells.append(f"{figure(own):.3g} [{low:.3g}, {high:.3g}]")
         print(f"| {label} | {' | '.join(cells)} |")
-    for name in names:
-        own = [r for r in rows if r["solver"] == name]
+    for name, own in solvers.items():
         kinds = {k: round(v, 2) for k, v in (_shares(own, "contexts") | _shares(own, "wordings")).items()}
         print(f"\n{name}, {len(own)} cases, by kind: {kinds}")
+
+
+def everywhere(rows: list[dict]) -> float:
+    """Share of contexts and wordings, kinds weighing alike, in which the target is written."""
+    return float(np.mean([*_shares(rows, "contexts").values(), *_shares(rows, "wordings").values()]))
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Where a repair holds against where it is felt, one point a solver."""
+    points = []
+    for name, own in by_solver(rows).items():
+        near = FIGURES["near misses that change"]
+        points.append(
+            charts.Point(name, near(own), everywhere(own), interval(own, near), interval(own, everywhere))
+        )
+    figure = charts.scatter(
+        points, "near misses that change, %", "contexts and wordings that hold, %", themed=False
+    )
+    pictures.write_picture(figure, path, force=True)
 
 
 def main() -> None:
@@ -137,13 +177,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20, help="cases of each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--solver", action="append", choices=sorted(SOLVERS))
-    parser.add_argument("--generalize", type=float, default=0.5)
+    parser.add_argument("--generalize", type=float, default=DIAL)
     parser.add_argument("--show", action="store_true", help="only add up what was measured")
+    parser.add_argument("--plot", type=Path, help="picture to draw of all rows")
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args()
     rows = [json.loads(x) for x in options.out.read_text().splitlines()] if options.out.exists() else []
     if options.show:
         show(rows)
+        if options.plot:
+            plot(rows, options.plot)
         return
     done = {(r["solver"], r["id"], r["generalize"]) for r in rows}
     lm = load_lm(options.model)
@@ -171,6 +214,8 @@ def main() -> None:
                     stream.write(json.dumps(row) + "\n")
                 print(f"{case.id} {name} exact {row['exact']} {row['seconds']:.1f} s", flush=True)
     show(rows)
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":
