@@ -72,7 +72,7 @@ def _lines(found: dict) -> list[tuple[str, str]]:
         ("embedding", "tied to the unembedding" if found["tied"] else "not tied"),
         (
             "a repair",
-            f"at least {needs['memory_bytes'] / 1e9:.2f} GB; about {needs['seconds_reference_once']:.0f} s once for the"
+            f"about {needs['memory_bytes'] / 1e9:.1f} GB; about {needs['seconds_reference_once']:.0f} s once for the"
             f" model, then about {needs['seconds_repair']:.0f} s each",
         ),
     ]  # fmt: skip

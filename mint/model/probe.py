@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -20,15 +21,19 @@ _BOUNDARIES = (
     ("if x:", "\n\ty = 1\n"),
 )
 _READ_BACK = "def f(a, b):\n    # two  blanks\n\treturn 'x = 1'\n"
-REFERENCE_TOKENS = 18_000
-"""Tokens of the reference text that is read once for a model, about."""
-_TIMED_TOKENS = 64
-REPAIR_TOKENS = 3_000
-"""A repair takes about as long as reading so many tokens: an order of magnitude, it depends on the target."""
+REFERENCE_TOKENS = 4_600
+"""Reading the reference text once for a model takes about as long as so many tokens of the timed forward (it is read in
+large batches)."""
+_TIMED_TOKENS = 256
+_TIMES = 3
+OVERHEAD = 800_000_000
+"""Bytes that Python, the libraries and the activations of a repair take besides, about."""
+REPAIR_TOKENS = 6_500
+"""A repair with its contexts takes about as long as so many: an order of magnitude, it depends on the target."""
 
 
 def probe(lm: LM) -> dict:
-    """JSON values that describe a loaded model. Runs two forwards of 64 tokens.
+    """JSON values that describe a loaded model. Runs a few forwards of 256 tokens.
 
     Raises `ModelError` where the tokenizer cannot read an ordinary line of code back: no prompt would be seen as written.
     """
@@ -137,17 +142,20 @@ def _blocks(lm: LM) -> dict:
 
 @torch.no_grad()
 def _needs(lm: LM) -> dict:
-    """Bytes that a repair holds at least, and about how long it takes here: from one timed forward."""
+    """About the bytes that a repair takes, and how long it takes here: from the shortest of a few timed forwards."""
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     statistics = 4 * sum(b.d_model**2 + 2 * b.d_ff + b.d_model for b in lm.layout.blocks)
     tokens = min(_TIMED_TOKENS, lm.context - 1)
     ids = [i % lm.n_embedded for i in range(1, tokens + 1)]
-    lm.logits([ids], [[tokens - 1]])
-    started = time.perf_counter()
-    lm.logits([ids], [[tokens - 1]])
-    each = (time.perf_counter() - started) / tokens
+    each = min(_seconds(lambda: lm.logits([ids], [[tokens - 1]])) for _ in range(_TIMES)) / tokens
     return {
-        "memory_bytes": weights + statistics,
+        "memory_bytes": weights + statistics + OVERHEAD,
         "seconds_reference_once": round(REFERENCE_TOKENS * each, 1),
         "seconds_repair": round(REPAIR_TOKENS * each, 1),
     }
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
