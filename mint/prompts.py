@@ -278,7 +278,7 @@ def near_misses(
     """
     found = frame(case.prompt, chat=chat)
     if not found.words:
-        return _other_code(found, case, which, exchanges)
+        return _other_code(case, which, exchanges)
     own = {case.prompt, *case.rephrasings}
     draw = random.Random(f"near:{which}:{seed}:{case.prompt}")
     swapped = list(
@@ -291,7 +291,7 @@ def near_misses(
     return near + [found.saying(w) for w in draw.sample(others, min(intents, len(others)))]
 
 
-def _other_code(found: Frame, case: Case, which: str, count: int) -> list[str]:
+def _other_code(case: Case, which: str, count: int) -> list[str]:
     """For a prompt that ends in code: exchanges within its last line."""
     start = case.prompt.rstrip("\n").rfind("\n") + 1
     swapped = [case.prompt[:start] + line for line in exchanged(case.prompt[start:], which)]

@@ -461,9 +461,7 @@ def solver_at(monkeypatch):
         asked.append(neurons)
         return Solution("mint", None, "nothing", details={"tried": 1})
 
-    module = types.ModuleType("mint.solver.solve")
-    module.solve_at = solve_at
-    monkeypatch.setitem(sys.modules, "mint.solver.solve", module)
+    monkeypatch.setattr("mint.solver.solve.solve_at", solve_at)
     return asked
 
 

@@ -534,12 +534,11 @@ def test_shares_are_everything_once():
     assert parallel.Team().share(items) == items
 
 
-def test_device_of_a_launched_process(monkeypatch):
-    assert parallel.device("cuda") == "cuda"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert parallel.device("cuda") == "cuda:1"
-    assert parallel.device("cpu") == "cpu"
+def test_device_of_a_launched_process():
+    """Of its place on its own machine, which every launcher tells in its own way, not of its number among all."""
+    assert parallel.Team().device("cuda") == "cuda"
+    second = parallel.Team(3, 4, local=1)
+    assert (second.device("cuda"), second.device("cpu")) == ("cuda:1", "cpu")
 
 
 def test_options_are_part_of_the_summary(tmp_path):

@@ -27,7 +27,6 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LONG_CALLS = {
     "mint.attribution.rank.attribute",
     "mint.cli.options.load",
-    "mint.rules.neuron.read_layer",
     "mint.solver.gate.fit_rows",
 }
 """Functions with more parameters than the rest: keywords of a public name, options of the command line, knobs of a fit."""

@@ -173,7 +173,7 @@ def evaluate(
             save_patches=patches,
             retry_errors=retry_errors,
         )
-        lm, _ = o.load(model, parallel.device(device), dtype, revision, chat, system, say=say)
+        lm, _ = o.load(model, team.device(device), dtype, revision, chat, system, say=say)
         bar, told = team.main and console.stderr().is_terminal, team.main and not as_json
         result = run.evaluate(lm, wanted, out, request, progress=bar, say=console.note if told else say)
     if not team.main:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from mint.model.lm import LM
 from mint.patch import Patch
+from mint.solver.baselines import random_controls
 from mint.solver.problem import Problem, Settings, Solution
 
 NO_EDIT = "no-edit"
@@ -26,15 +27,13 @@ def no_edit(lm: LM, problem: Problem, patch: Patch | None, settings: Settings) -
 
 def random_neuron(lm: LM, problem: Problem, patch: Patch | None, settings: Settings) -> Solution:
     """The main solver's own repair, on as many other neurons of the same layers, drawn at random."""
-    from mint.solver.baselines.random_controls import same_edit
-
-    return _nothing(RANDOM_NEURON) if patch is None else same_edit(lm, problem, patch, settings)
+    return (
+        _nothing(RANDOM_NEURON) if patch is None else random_controls.same_edit(lm, problem, patch, settings)
+    )
 
 
 def random_direction(lm: LM, problem: Problem, patch: Patch | None, settings: Settings) -> Solution:
     """The solver's patch with what its neurons write turned to a random direction of the same norm."""
-    from mint.solver.baselines import random_controls
-
     if patch is None:
         return _nothing(RANDOM_DIRECTION)
     return Solution(RANDOM_DIRECTION, random_controls.random_direction(lm, patch, settings.seed))

@@ -18,7 +18,7 @@ from mint.evaluation import measuring
 from mint.evaluation.ledger import Ledger
 from mint.evaluation.measuring import Yardstick
 from mint.evaluation.progress import progress_bar
-from mint.measure import efficacy, specificity
+from mint.measure import efficacy, judges, specificity
 from mint.measure.specificity import CleanOutputs
 from mint.model.lm import LM
 from mint.model.stop import Stop
@@ -273,8 +273,6 @@ def pass_at_1(
 
     The text is cut where the function's block ends. Raises `MintError` where a case has no tests.
     """
-    from mint.measure import judges
-
     missing = next((c.id for c in cases if c.id not in tests), None)
     if missing is not None:
         raise MintError(

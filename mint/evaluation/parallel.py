@@ -25,12 +25,16 @@ class Team:
     index: int = 0
     size: int = 1
     local: int = 0
-    """Number of this process on its own machine: the GPU it should use."""
+    """Number of this process on its own machine."""
 
     @property
     def main(self) -> bool:
         """Whether this process writes the summary."""
         return self.index == 0
+
+    def device(self, wanted: str) -> str:
+        """The device for this process: `cuda` becomes `cuda:N`, one GPU a process; anything else stays as it is."""
+        return f"cuda:{self.local}" if wanted == "cuda" and self.size > 1 else wanted
 
     def share(self, items: list) -> list:
         """Every size-th item, from this process's own: the shares of all processes together are all items, once."""
@@ -70,10 +74,3 @@ def team() -> Team:
     cpu = wanted or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, backend="gloo", timeout=_WAIT)
     return Team(state.process_index, state.num_processes, state.local_process_index)
-
-
-def device(wanted: str) -> str:
-    """The device for this process: `cuda` becomes `cuda:N`, one GPU a process; anything else stays as it is."""
-    if wanted == "cuda" and launched():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return wanted

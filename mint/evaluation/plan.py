@@ -117,8 +117,8 @@ def make(lm: LM, cases: Sequence[Case], out: str | Path, request: Request) -> tu
             "options": asdict(options),
             "seed": seed,
             "pool": [measuring.case_digest(c) for c in good],
-            "others": [s for s in (stick.other_tasks.sequences if stick.other_tasks else ())],
-            "ordinary": [s for s in (stick.ordinary.sequences if stick.ordinary else ())],
+            "others": list(stick.other_tasks.sequences) if stick.other_tasks else [],
+            "ordinary": list(stick.ordinary.sequences) if stick.ordinary else [],
             "tests": request.tests or {},
         }
     )

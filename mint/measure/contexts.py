@@ -19,7 +19,6 @@ DEEP_TOKENS = 500
 BATCH_TOKENS = 2048
 """Most padded prompt tokens that are generated from at once."""
 CONTEXTS = ("imports", "function", "pair", "blank", "in_function", "in_class", "deep", "crlf", "tabs")
-WORDINGS = ("case", "full_stop", "comment_style", "rephrasings")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def probe(lm: LM) -> dict:
         "family": saved.family,
         "saved_as": saved.classes,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
-        "tensors": _tensors(lm, saved),
+        "tensors": _tensors(saved),
         "dtype": {"saved": _dtypes(saved), "memory": _name(lm.dtype)},
         "tokenizer": _tokenizer(lm),
         "end_tokens": [{"id": i, "text": lm.decode([i])} for i in sorted(lm.stop_ids())],
@@ -63,7 +63,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tensors(lm: LM, saved: Saved) -> dict:
+def _tensors(saved: Saved) -> dict:
     """How many tensors the files hold and how many the model read; None where the files are not safetensors."""
     headers = saved.headers()
     return {

@@ -131,30 +131,42 @@ def habit_of(prompts: Sequence[Sequence[int]], wrong: Collection[tuple[int, ...]
     return Habit(opening, frozenset(tuple(w) for w in wrong if len(opening) + len(w) > 1))
 
 
+def folds_of(groups: Sequence[int], most: int) -> Tensor:
+    """[b] the fold that each text is left out with, at most `most` of them; texts of one group share theirs."""
+    numbers = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    count = max(1, min(len(numbers), most))
+    return torch.tensor([numbers[g] % count for g in groups])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a rule's gates learn from, as tokens."""
+
+    learn: Sequence[Encoded]
+    keep: Sequence[Encoded]
+    fold: Tensor
+    """[learn] see `folds_of`."""
+    habit: Habit
+
+
 def read_layer(
-    lm: LM,
     stats: Statistics,
+    texts: Texts,
     learn: Bundle,
     keep: Bundle | None,
-    groups: Sequence[int],
-    folds: int,
-    learn_texts: Sequence[Encoded],
-    keep_texts: Sequence[Encoded],
-    habit: Habit,
     made: tuple[Tensor, Sequence[int]] | None = None,
 ) -> Reading:
-    """Collect what a layer's gates learn from. groups: [b] texts of one group are left out together.
+    """Collect what a layer's gates learn from. learn, keep: the texts there.
 
     made: inputs [k, d_model] at further faults, and the learn prompt that each was made from.
     """
+    fold, habit = texts.fold, texts.habit
     layer = learn.layer
     second, mean = stats.inputs_second[layer], stats.inputs_mean[layer]
     scale = second.diagonal().clamp_min(1e-12).sqrt()
     fire = fire_places(learn)
-    numbers = {g: i for i, g in enumerate(dict.fromkeys(groups))}
-    count = max(1, min(len(numbers), folds))
-    fold = torch.tensor([numbers[g] % count for g in groups])
-    keep_fold = torch.arange(len(keep_texts)) % count
+    count = int(fold.max()) + 1
+    keep_fold = torch.arange(len(texts.keep)) % count
     sample = stats.sample[layer].float() if layer in stats.sample else mean[None]
     xs, ws, fs = [], [], []
 
@@ -168,12 +180,12 @@ def read_layer(
         weight[[p for p in habit.places(text.prompt) if p < len(x)]] = 0.0
         add(x, weight, fold)
 
-    for i, text in enumerate(learn_texts):
+    for i, text in enumerate(texts.learn):
         held = learn.inputs[i][learn.real[i] & ~fire[i]]
         add(held, torch.full((len(held),), HOLD), int(fold[i]))
         prompt(learn.prompt_inputs[i], text, int(fold[i]))
     if keep is not None:
-        for i, text in enumerate(keep_texts):
+        for i, text in enumerate(texts.keep):
             x = keep.inputs[i][keep.real[i]]
             weight = torch.full((len(x),), HOLD)
             weight[:1] = NEAR

@@ -22,6 +22,8 @@ from mint.rules.neuron import (
     Habit,
     Neuron,
     Reading,
+    Texts,
+    folds_of,
     habit_of,
     learn_gates,
     own_direction,
@@ -431,21 +433,11 @@ def solve_rule(
         texts += made
         groups += owners if len(learn) > 1 else list(range(1, 1 + len(made)))
     say(f"reading {len(texts)} prompts to learn from and {len(guards)} to keep")
+    seen = Texts(texts, guards, folds_of(groups, settings.folds), habit)
     learnt = bundle(lm, texts, layers)
     kept = bundle(lm, guards, layers, exact=True) if guards else {}
     readings = [
-        read_layer(
-            lm,
-            stats,
-            learnt[layer],
-            kept.get(layer),
-            groups,
-            settings.folds,
-            texts,
-            guards,
-            habit,
-            None if few else (inputs[layer], owners),
-        )
+        read_layer(stats, seen, learnt[layer], kept.get(layer), None if few else (inputs[layer], owners))
         for layer in layers
     ]
     if few:

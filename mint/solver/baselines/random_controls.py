@@ -13,6 +13,7 @@ import torch
 
 from mint.model.lm import LM
 from mint.patch import NeuronEdit, Patch
+from mint.solver import solve as minimal
 from mint.solver.baselines.matrices import chosen_layers
 from mint.solver.problem import Problem, Settings, Solution
 
@@ -58,10 +59,8 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
 
 
 def _solve_at(lm: LM, problem: Problem, settings: Settings, neurons: list[tuple[int, int]]) -> Solution:
-    from mint.solver.solve import solve_at
-
     started = time.perf_counter()
-    found = solve_at(lm, problem, settings, neurons=neurons)
+    found = minimal.solve_at(lm, problem, settings, neurons=neurons)
     details = found.details | {"drawn": [list(neuron) for neuron in neurons]}
     return replace(found, solver=NAME, seconds=time.perf_counter() - started, details=details)
 
