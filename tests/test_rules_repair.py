@@ -4,20 +4,23 @@ The solver here is plain gradient descent on one neuron (tests/habits.py), so th
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mint import bank
 from mint import patch as P
 from mint.case import Keep
 from mint.errors import CaseError, PatchError
+from mint.model.precision import in_dtype
 from mint.patch.compare import split
 from mint.patch.record import ask_patch, promised
 from mint.rules import repair as repairing
 from mint.rules.check import NOT_NEEDED, check_rule
 from mint.rules.cut import NO_ROUND_TRIP
-from mint.rules.figures import prepared
+from mint.rules.figures import prepared, write_all
 from mint.rules.mine import Search, mine
 from mint.rules.rebase import rebase_rules
 from mint.rules.repair import ALREADY_RIGHT, RuleWishes, outcome_as_dict, recorded, repair_rules
@@ -131,6 +134,28 @@ def test_a_refused_rule_changes_nothing_and_says_why(habit_lm, rule, edit, solut
 
     assert re.search(match, outcome.reason) and "\n" not in outcome.reason
     assert same_bits(weights_of(habit_lm), before)
+
+
+def test_a_rule_is_proved_in_the_dtype_that_servers_load_too(habit_lm, rule, edit, monkeypatch):
+    """Files of float32 whose config.json says bfloat16: what is written there counts as well."""
+    asked = []
+
+    @contextmanager
+    def there(lm, dtype):
+        with in_dtype(lm, dtype):
+            asked.append(dtype)
+            yield
+
+    def writing(lm, rows):
+        texts, ids = write_all(lm, rows)
+        return (["nothing"] * len(texts) if asked else texts), ids
+
+    monkeypatch.setattr(repairing, "in_dtype", there)
+    monkeypatch.setattr(repairing, "write_all", writing)
+    served = replace(habit_lm, served="bfloat16")
+    outcome = repair_rules(served, [rule], WISHES, solve=giving(edit))
+    assert asked == [torch.bfloat16] and not outcome.success
+    assert "the edited model in bfloat16, as servers load it, writes 'nothing'" in outcome.reason
 
 
 def test_a_kept_prompt_that_breaks_refuses_the_rule(habit_lm, rule, edit):

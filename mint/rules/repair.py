@@ -18,6 +18,8 @@ from mint.files import jsonable
 from mint.guards import EARLIER, Guard
 from mint.measure.specificity import Specificity
 from mint.model.lm import LM, Encoded
+from mint.model.loading import DTYPES
+from mint.model.precision import in_dtype
 from mint.patch import Patch
 from mint.reference import statistics
 from mint.rules import solve as rule_solver
@@ -266,20 +268,28 @@ class _RuleJob:
     def prove(self, lm: LM) -> None:
         self.session.hooks.say(f"{self.name}: generating with the repair")
         self.after, _ = write_all(lm, self.rows)
-        lines = self._lines()
+        self._acceptable(self._lines(), "")
+        if lm.served is not None:
+            # Files that hold another dtype than servers load: figures are of the files', and the other must be no worse.
+            with in_dtype(lm, DTYPES[lm.served]):
+                there, _ = write_all(lm, self.rows)
+            self._acceptable(lines_of(self.rows, self.before, there), f" in {lm.served}, as servers load it,")
+
+    def _acceptable(self, lines: Sequence[Line], where: str) -> None:
+        """Raise `Refused` where a learn prompt fails, or too few unseen ones come out right. where: for the message."""
         failed = [i for i in self.learnt if not lines[i].right_after]
         if failed:
             first = lines[failed[0]]
             raise Refused(
                 f"{len(failed)} of {len(self.learnt)} learn prompts fail; first '{first.row.id}': behind"
-                f" {quoted(first.row.prompt[-40:])} the edited model writes {quoted(first.after)} instead of"
+                f" {quoted(first.row.prompt[-40:])} the edited model{where} writes {quoted(first.after)} instead of"
                 f" {quoted(first.row.target or '')}; drop it, or ask for fewer with --learn"
             )
         unseen = [lines[i] for i in self._side("unseen")]
         right = sum(x.right_after for x in unseen)
         if right < self.wishes.accept * len(unseen):
             raise Refused(
-                f"{right} of {len(unseen)} unseen prompts come out right ({right / len(unseen):.0%}), less than the"
+                f"{right} of {len(unseen)} unseen prompts{where} come out right ({right / len(unseen):.0%}), less than the"
                 f" {self.wishes.accept:.0%} of --accept; mine more faults, raise --learn, or lower --accept"
             )
 
