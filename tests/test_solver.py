@@ -55,6 +55,25 @@ def test_every_family_is_repaired_exactly_by_at_most_two_neurons(family):
     assert same_bits(before, weights_of(lm))
 
 
+def test_firm_raises_tokens_that_are_right_already():
+    """What a repetition penalty can turn around is a token that leads by little, be it right already."""
+    lm = tiny_lm("llama")
+    lm.model.get_output_embeddings().weight.data *= 30  # leads of logits, not of hundredths
+    case = Case("c", PROMPT, "ok\n")
+    prompt = lm.encode(case).prompt
+    own = lm.generate([prompt], 1)[0]
+    encoded = Encoded(prompt, (*own, *lm.encode(case).target))
+    lead = float(margins(lm, encoded)[0])
+    led = {}
+    for firm in (False, True):
+        solution = minimal.solve(lm, Problem(case, encoded), Settings(margin=3.0, firm=firm))
+        with changed(lm, solution.change):
+            led[firm] = float(margins(lm, encoded)[0])
+    aimed = solution.details["margin_aimed"]
+    assert 0.5 < lead < aimed  # right, by less than is aimed at
+    assert led[True] > 0.5 * aimed and led[True] > led[False] + 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_repair_in_half_precision_holds_in_its_own_rounding(dtype):
     lm = tiny_lm("llama", dtype=dtype)
