@@ -637,3 +637,18 @@ def test_the_public_face_is_complete_and_sorted():
             assert getattr(mint, name) is not None
     with pytest.raises(AttributeError, match="it has Attribution"):
         mint.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "right, solver, told", [(0, "mint", True), (1, "mint", False), (0, "contexts", False)]
+)
+def test_a_repair_that_does_not_travel_names_the_solver_that_learns_contexts(capsys, right, solver, told):
+    from mint.cli.repair import _show_places
+
+    found = {
+        "contexts": {"imports": {"right": right, "cases": 1}},
+        "wordings": {},
+        "near_misses": {"cases": 0, "became_target": 0, "changed": 0},
+    }
+    _show_places(found, solver)
+    assert (f"{right} of 1 places; --solver contexts" in " ".join(capsys.readouterr().err.split())) == told

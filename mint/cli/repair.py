@@ -237,7 +237,7 @@ def repair(
     if as_json:
         console.print_json(result)
     else:
-        _show(outcome, result)
+        _show(outcome, result, solver)
     return results.conclude(outcome, written)
 
 
@@ -253,7 +253,7 @@ def _free_name() -> Path:
     return path
 
 
-def _show(outcome, result: dict) -> None:
+def _show(outcome, result: dict, solver: str) -> None:
     """Tables for people on stderr; the path of the patch on stdout."""
     for one in outcome.repairs:
         rows = [
@@ -292,14 +292,14 @@ def _show(outcome, result: dict) -> None:
             ["value"],
         )
     if result["near_misses"]:
-        _show_places(result)
+        _show_places(result, solver)
     if result["margin_min"] is not None:
         console.note(f"smallest margin {result['margin_min']:.2f}, {result['seconds']:.1f} s after loading")
     if result["patch"]:
         console.print_result(f"{result['patch']}\n")
 
 
-def _show_places(result: dict) -> None:
+def _show_places(result: dict, solver: str) -> None:
     """Where the repair holds and is felt, as a table on stderr."""
     rows = [
         (kind.replace("_", " "), f"{counts['right']} of {counts['cases']}")
@@ -311,6 +311,14 @@ def _show_places(result: dict) -> None:
         rows.append(("near misses that became the target", f"{near['became_target']} of {near['cases']}"))
         rows.append(("near misses that changed at all", f"{near['changed']} of {near['cases']}"))
     console.table("the target behind the prompt elsewhere, generated", ["where", "right"], rows, ["right"])
+    right, cases = (
+        sum(counts[what] for counts in result["contexts"].values()) for what in ("right", "cases")
+    )
+    if 2 * right < cases and solver == "mint":
+        console.note(
+            f"in other files it holds in {right} of {cases} places; --solver contexts learns them, too, and takes some"
+            " times as long"
+        )
 
 
 def show_neurons(attribution: dict, top: int = 8) -> None:
