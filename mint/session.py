@@ -582,7 +582,8 @@ def verify(lm: LM, problem: Problem, wishes: Wishes) -> dict[str, Any]:
     written = lm.write(problem.encoded, problem.case)
     if written != problem.case.target:
         raise Refused(f"the edited model writes {quoted(written)} instead of {quoted(problem.case.target)}")
-    for name in dict.fromkeys((*wishes.verify_dtypes, *([lm.served] if lm.served else []))):
+    dtypes: list[str] = [*wishes.verify_dtypes, *([lm.served] if lm.served else [])]
+    for name in dict.fromkeys(dtypes):
         with in_dtype(lm, DTYPES[name]):
             other = lm.write(problem.encoded, problem.case)
         if other != problem.case.target:

@@ -292,7 +292,7 @@ def _read_pretrained(
         model.config._name_or_path = str(saved.folder)
     model.config.return_dict = True  # mint reads outputs by name
     if getattr(model, "hf_quantizer", None) is None and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # switched off: the weights are as they were saved
+        delattr(model.config, "quantization_config")  # switched off: the weights are as they were saved
     _check_complete(saved, info)
     saved.ignored.extend(_ignored(model, saved))
     return model, tokenizer
