@@ -10,7 +10,7 @@
 `row` repairs all rules one after another (the first `--limit` of them), as `mint repair --rule` does, and tests all of them
 again after `--at` 1, 5, 10 and 20 and at the end; what it refuses counts as the model is without it. Rows are written as they
 are measured, and the same command goes on where it stopped. Everything is free greedy generation; `changed` and
-`broken` are shares of the tokens of the lines that ship for measuring (argmax, with the text fed in). Settings of the
+`broken` are shares of the tokens of the lines that ship for measuring, in `run` of held-out code as well (argmax, with the text fed in). Settings of the
 competitors are chosen on the learn prompts, or are those of their papers; `dev` rules may be used to choose ours.
 """
 
