@@ -490,7 +490,7 @@ def row(args: argparse.Namespace) -> None:
     rules = [load_rule(path) for path in args.rules[: args.limit]]
     done: list[tuple[str, list[Prompted], int]] = []
     refused: dict[str, str] = {}
-    programs = [(load_cases(p), judges.load_tests_beside(p) or {}) for p in args.programs]
+    programs = [(load_cases(p), judges.load_tests_beside(p) or {}) for p in map(Path, args.programs)]
     at_first = [pass_at_1(lm, *one) for one in programs]
 
     def after(session: Session, one: RuleRepair) -> None:
