@@ -69,6 +69,37 @@ def test_gradients_are_those_of_float32():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_gradients_of_many_places_at_once_are_those_of_float32(monkeypatch):
+    lm = tiny_lm(dtype=torch.bfloat16)
+    monkeypatch.setattr("mint.model.precision._CHUNK", 32 * 7)  # pieces in the backward, too
+    faults = [Fault(5, 3, 4, 0.0), Fault(4, 3, 7, 0.0), Fault(2, 9, 4, 0.0)]
+    wanted = linear_scores(whole(lm, torch.float32), IDS[0], faults)
+    with in_dtype(lm, torch.float32):
+        found = linear_scores(lm, IDS[0], faults)
+    for a, b in zip(found.summed, wanted.summed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_no_converted_weight_stays_in_the_graph():
+    lm = tiny_lm(dtype=torch.bfloat16)
+    linear = {tuple(m.weight.shape) for m in lm.model.modules() if type(m) is torch.nn.Linear}
+    kept = []
+
+    def keep(x):
+        kept.append((x.dtype, tuple(x.shape)))
+        return x
+
+    with (
+        in_dtype(lm, torch.float32),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        linear_scores(lm, IDS[0], [Fault(5, 3, 4, 0.0)])
+    assert (torch.bfloat16, next(iter(linear))) in kept  # the weights themselves do
+    turned = {(b, a) for a, b in linear}
+    assert not [one for one in kept if one[0] == torch.float32 and one[1] in linear | turned]
+
+
 def test_a_few_tokens_are_unembedded_in_the_same_format():
     lm = tiny_lm(dtype=torch.bfloat16)
     with torch.no_grad(), in_dtype(lm, torch.float32):

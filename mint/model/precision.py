@@ -122,11 +122,39 @@ def _linear(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The module's forward with its weights converted, a wide one (an unembedding) a piece at a time."""
 
     def forward(x: Tensor) -> Tensor:
-        rows = max(1, _CHUNK // module.in_features)
-        bias = [None] * -(-module.out_features // rows)
-        if module.bias is not None:
-            bias = list(module.bias.to(x.dtype).split(rows))
-        parts = [F.linear(x, w.to(x.dtype), b) for w, b in zip(module.weight.split(rows), bias, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        product = _Product.apply(x, module.weight)
+        return product if module.bias is None else product + module.bias.to(x.dtype)
 
     return forward
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T with the weight converted in pieces, in both directions.
+
+    Torch's own product keeps the converted weight for the backward: over many layers a second copy of the model. The weight itself gets
+    no gradient.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        parts = [F.linear(x, piece.to(x.dtype)) for piece in _pieces(weight)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        pieces = _pieces(weight)
+        shares = grads[0].split([len(piece) for piece in pieces], dim=-1)
+        found = shares[0] @ pieces[0].to(grads[0].dtype)
+        for share, piece in zip(shares[1:], pieces[1:], strict=True):
+            found = found + share @ piece.to(share.dtype)
+        return found, None
+
+
+def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows of a weight [out, in], at most `_CHUNK` numbers at a time."""
+    return weight.split(max(1, _CHUNK // weight.shape[1]))
