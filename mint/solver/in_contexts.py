@@ -1,7 +1,7 @@
 """The solver `contexts`: one case as a rule whose learn prompts are the case in other files and in other words.
 
-Two neurons of one layer share the target: one fires where it has to be recognised (its first token, and the indentation in
-front of it), one where the rest is written. Each gate is the large-margin classifier of rules (classifier.py): silent at
+Two neurons of one layer share the target: one fires where it has to be recognised (its first token), one where the rest is
+written, and the indentation in front. Each gate is the large-margin classifier of rules (classifier.py): silent at
 near misses, at what the model writes behind them, and at negative prompts with the target forced behind them. The columns are one
 programme over all contexts (joint.py). Where the edit does not write the prompt itself, the solver `mint` takes over, which
 repairs the prompt and nothing around it.
@@ -49,6 +49,8 @@ OWN_PRICE = 10.0
 """What a logit short in the prompt itself costs, against one in a context."""
 REACHABLE = 0.4
 """Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
+LOUDER = 20.0
+"""How much dearer silence becomes where gates made with the recipe do not write the prompt itself."""
 WIDTH = 2.5
 """The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_rows`."""
 
@@ -61,8 +63,8 @@ class Recipe:
     """Logits by which every target token must lead, in every context."""
     silence: float = 0.5
     """How far below the firing threshold other inputs are pulled."""
-    ridge: float = 3.0
-    """Softness of the classifier's margin."""
+    ridge: float = 0.087
+    """Softness of the classifier's margin: its ridge over d_model."""
     places: int = 9
     """Contexts that the columns are fitted to, beside the prompt itself."""
     words: int = 3
@@ -73,8 +75,10 @@ class Recipe:
     """Cost of silence at a wrong place of the prompt itself."""
     like: float = 3.0
     """Cost of silence at one in another context or wording."""
-    near: float = 3.0
+    near: float = 18.0
     """Cost of firing where the answer to a near miss or another request begins."""
+    reference: float = 2.0
+    """Cost of firing at a token of reference text."""
     price: float = 0.02
     """Cost of one logit short in a context, in units of the squared length of the residual stream; ten times as much in the
     prompt itself."""
@@ -93,7 +97,7 @@ def recipe_of(settings: Settings) -> Recipe:
         )
     found = Recipe(
         margin=2.0 + 4.0 * dial,
-        near=9.0 ** (1 - dial),
+        near=6.0 * 9.0 ** (1 - dial),
         loose=round(6 * dial),
         price=0.02 * 10 ** (2 * dial - 1),
     )
@@ -248,7 +252,7 @@ def _rows(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe
         silent(x[start + 1 : start + OPENING], 0.3 * recipe.near)
         silent(x[start + OPENING :], FORCED)
     silent(seen.guarded, 0.3)
-    silent(seen.sample, 0.05)
+    silent(seen.sample, recipe.reference)
     scale = stats.inputs_second[layer].diagonal().clamp_min(1e-12).sqrt()
     fires, others = torch.cat(yes), torch.cat(no)
     examples = Examples(
@@ -256,7 +260,7 @@ def _rows(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe
         torch.cat([torch.ones(len(fires)), torch.zeros(len(others))]).bool(),
         torch.cat([*worth, *weights]),
     )
-    direction = fit_direction(examples, silence=recipe.silence, ridge=recipe.ridge)
+    direction = fit_direction(examples, silence=recipe.silence, ridge=recipe.ridge * len(scale))
     constant = fit_constant(stats.inputs_second[layer], stats.inputs_mean[layer], scale, fires / scale)
     return make_rows(direction, constant, scale, WIDTH, lm.block(layer).gated, own_bias(lm, layer, index))
 
@@ -272,10 +276,14 @@ def _wanted(joint: Bundle, fire: Tensor, margin: float) -> Tensor:
 
 
 def shares(joint: Bundle, fire: Tensor, most: int) -> list[Tensor]:
-    """Who fires where: the first token of the prompt's own target and what stands before it; the rest. One neuron: all."""
+    """Who fires where: the first token of the prompt's own target; the rest, with the indentation in front. One neuron: all.
+
+    Indentation is written where the first token is in files that do not indent: one column for both would have to write
+    two tokens behind the same request.
+    """
     first = torch.zeros_like(fire)
-    count = len(fire) - int(joint.real[0].sum()) + 1
-    first[:count] = fire[:count]
+    begin = len(fire) - int(joint.real[0].sum())
+    first[begin] = fire[begin]
     parts = [part for part in (first, fire & ~first) if part.any()]
     return parts if most > 1 else [fire]
 
@@ -346,6 +354,9 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution | None:
         return None
     idle = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
     made = draft(lm, seen, stats, recipe, idle, settings.max_neurons)
+    if made is not None and made.least[0] <= 0:
+        louder = replace(recipe, own=LOUDER * recipe.own, like=LOUDER * recipe.like)
+        made = draft(lm, seen, stats, louder, idle, settings.max_neurons)
     if made is None or made.least[0] <= 0:
         return None
     edits = tuple(
