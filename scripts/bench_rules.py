@@ -36,6 +36,7 @@ from mint.model.lm import LM
 from mint.model.loading import BUILTIN, load_lm
 from mint.patch import Patch, make_edit
 from mint.reference import passages, statistics
+from mint.rules.curve import COUNTS
 from mint.rules.cut import settle
 from mint.rules.figures import Prompted, count_faults, count_kept, lines_of, prepared, write_all
 from mint.rules.judge import text_of
@@ -73,7 +74,6 @@ RULES = {
     "deepcopy": ("copy.copy(", "copy.deepcopy(", ""),
 }
 """name -> (wrong, right, `dev` where settings may be chosen on it)."""
-CURVE = (1, 2, 4, 8, 16)
 STEPS, RATE, RANK = 30, 5e-3, 8
 """Of the adapters: what EDAPIBench (arXiv 2511.21022) uses, one prompt there, all learn prompts here."""
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
@@ -421,7 +421,7 @@ def run(args: argparse.Namespace) -> None:
     lm, ledger = load_lm(args.model), Ledger(args.out)
     statistics(lm)
     clean = specificity.clean_outputs(lm, ordinary(lm))
-    jobs = [("mint", n) for n in CURVE] if args.curve else [(m, args.learn) for m in args.methods or METHODS]
+    jobs = [("mint", n) for n in COUNTS] if args.curve else [(m, args.learn) for m in args.methods or METHODS]
     for path in args.rules:
         rule = load_rule(path)
         whole = None

@@ -1,6 +1,7 @@
 """`mint rule mine`, `mint rule check`, `mint repair --rule`: the contract's keys and exit codes; nothing half done."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -116,6 +117,36 @@ def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path
     code, out, err = run(capsys, *refused)
     assert code == 3 and not json.loads(out)["success"] and json.loads(out)["patch"] is None
     assert "rule 'clock': nothing found" in err and not (tmp_path / "other.st").exists()
+
+
+def test_the_page_shows_how_many_prompts_a_rule_has_to_learn_from(capsys, model, source):
+    run(capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl"))
+    repair = [
+        "repair",
+        "-m",
+        model,
+        "--rule",
+        "clock.jsonl",
+        "--accept",
+        0.0,
+        "--json",
+        "--report",
+        "page.html",
+    ]
+    code, out, _ = run(capsys, *repair, "--out", "fix.st", "--curve")
+    page, unseen = Path("page.html").read_text(), json.loads(out)["unseen"]
+    assert code == 0 and json.loads(out)["learn"]["cases"] == 8
+    table = page[page.index("How many prompts it has to learn from") :]
+    counts = [int(n) for n in re.findall(r"<tr><td>(\d+)</td><td>\d+ of", table)]
+    assert counts[:4] == [1, 2, 4, 8] and set(counts[4:]) <= {16}
+    assert f"<tr><td>8</td><td>{unseen['right_after']} of {unseen['cases']}</td>" in table
+    assert "<svg" in table and "prompts learnt from" in table
+    code, out, _ = run(capsys, *repair, "--out", "plain.st", "--force")
+    assert code == 0 and "How many prompts" not in Path("page.html").read_text()
+    assert Path("plain.st").read_bytes() == Path("fix.st").read_bytes(), "the curve is no part of the repair"
+    fails(capsys, 2, "name one", *repair[:-3], "--out", "other.st", "--curve")
+    single = ["repair", "-m", model, "-p", "a", "-t", "b", "--out", "other.st", "--curve"]
+    fails(capsys, 2, "--curve goes with --rule", *single)
 
 
 def test_mine_prints_what_it_found(capsys, model, source):

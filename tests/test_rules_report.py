@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mint import patch as P
+from mint.rules.curve import CurvePoint
 from mint.rules.figures import Line
 from mint.rules.fires import LEVELS, fire_levels, matrix
 from mint.rules.repair import RuleRepair, RulesOutcome
@@ -58,6 +59,18 @@ def test_the_page_shows_what_became_of_every_prompt(outcome):
     assert page.index("not right") < page.index(">right<"), "what failed stands first"
     assert "Where the edit fires" in page and 'class="f3"' in page
     assert "Neurons ranked responsible" in page and "0.5123" in page and "carrier" in page
+
+
+def test_a_refused_point_of_the_learn_curve_says_so(outcome):
+    lm, found = outcome
+    figures = found.repairs[0].figures
+    points = [
+        CurvePoint(n, figures["unseen"], figures["near"], reason)
+        for n, reason in ((1, "no column"), (2, None))
+    ]
+    page = report_page(lm, found, {"a": points})
+    assert page.count("would be refused") == 1 and "<svg" in page
+    assert "How many prompts" not in report_page(lm, found, {"b": points})
 
 
 def test_several_rules_have_a_matrix(outcome):

@@ -54,6 +54,13 @@ def repair(
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="HTML page to write about the repair.")] = None,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="With --rule and --report: solve again from 1, 2, 4, 8 and 16 faults; minutes more.",
+        ),
+    ] = False,
     solver: Annotated[str, typer.Option(help="Solver; see the documentation.")] = "mint",
     max_neurons: Annotated[int, typer.Option(min=1, max=2, help="Most neurons that may change.")] = 2,
     margin: Annotated[
@@ -131,6 +138,8 @@ def repair(
         }
         given |= {"--cases": cases, "--learn-rephrasings": learn_rephrasings, "--verify-dtype": verify_dtype}
         check_options(rule, given)
+        if curve and report is None:
+            raise typer.BadParameter("--curve is drawn on the page of --report; name one")
         o.check_free(out, force)
         o.check_free(report, force)
         from mint.rules.repair import RuleWishes
@@ -158,10 +167,13 @@ def repair(
             },
             out=out or _free_name(),
             report=report,
+            curve=curve,
             partial=partial,
             force=force,
             as_json=as_json,
         )
+    if curve:
+        raise typer.BadParameter("--curve goes with --rule: a single repair learns from one prompt")
     if cases is not None:
         if any(v is not None for v in (prompt, target, prompt_file, target_file, suffix)):
             raise typer.BadParameter("give either --cases or a prompt and a target (and a suffix), not both")

@@ -187,6 +187,7 @@ def repair_rules(
     model: dict,
     out: Path,
     report: Path | None,
+    curve: bool,
     partial: bool,
     force: bool,
     as_json: bool,
@@ -211,10 +212,15 @@ def repair_rules(
         outcome = repair_all(lm, rules, replace(wishes, applied=applied), say=say)
         page = None
         if report is not None:
+            from mint.rules.curve import learn_curve
             from mint.rules.report import report_page
 
+            alone = replace(wishes, applied=applied)
+            curves = {
+                r.rule.name: learn_curve(lm, r, alone, say) for r in outcome.repairs if curve and r.learnt
+            }
             say("writing the report")
-            page = report_page(lm, outcome)
+            page = report_page(lm, outcome, curves)
         written = results.store(outcome, out, page=page, report=report, partial=partial, force=force)
     result = outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:

@@ -64,10 +64,24 @@ def rules_page(
 
     rules: dicts as of `mint.rules.report`. effects: a `Specificity` as a dict. matrix: one row and column a rule.
     """
-    shown = [dict(rule) | {"lists": [_rule_lines(*part) for part in rule["lists"]]} for rule in rules]
+    shown = [
+        dict(rule)
+        | {"lists": [_rule_lines(*part) for part in rule["lists"]], "drawn": _learn_curve(rule["curve"])}
+        for rule in rules
+    ]
     return _template("rules.html.j2").render(
         title="mint: rules", rules=shown, model=model, effects=effects, matrix=matrix
     )
+
+
+def _learn_curve(points: Sequence[Mapping]) -> str | None:
+    """Unseen prompts right and near misses kept over the prompts learnt from; None where there is nothing to draw."""
+    series = []
+    for key, name in (("unseen", "unseen prompts right"), ("near", "near misses kept")):
+        known = [(p["learn"], p[key]["share"]) for p in points if p[key]["share"] is not None]
+        series.append(charts.Curve(name, [n for n, _ in known], [share for _, share in known]))
+    drawn = [one for one in series if len(one.x) > 1]
+    return charts.svg(charts.curves(drawn, "prompts learnt from", "share, %")) if drawn else None
 
 
 def _rule_lines(title: str, lines: Sequence[Mapping]) -> tuple[str, list[dict]]:

@@ -1,11 +1,12 @@
 """The report page of rules: what became of unseen prompts and near misses, where the edit fires, what was ranked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mint.evaluation.page import rules_page
 from mint.model.lm import LM
 from mint.reference import reference_texts
+from mint.rules.curve import CurvePoint
 from mint.rules.figures import Line
 from mint.rules.fires import fires, matrix
 from mint.rules.repair import RuleRepair, RulesOutcome, repair_as_dict
@@ -16,19 +17,21 @@ LINES = 4
 """Last lines of each prompt."""
 
 
-def report_page(lm: LM, outcome: RulesOutcome) -> str:
-    """One HTML page about rules repaired on this model, which is clean again."""
+def report_page(
+    lm: LM, outcome: RulesOutcome, curves: Mapping[str, Sequence[CurvePoint]] | None = None
+) -> str:
+    """One HTML page about rules repaired on this model, which is clean again. curves: the learn curve of rules, by name."""
     texts = reference_texts()
     shown = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
     return rules_page(
-        [_rule(lm, one, texts) for one in outcome.repairs],
+        [_rule(lm, one, texts, (curves or {}).get(one.rule.name, ())) for one in outcome.repairs],
         shown | ({"revision": lm.revision} if lm.revision else {}),
         outcome.specificity.as_dict() if outcome.specificity else None,
         matrix(lm, outcome) if len(outcome.repairs) > 1 else (),
     )
 
 
-def _rule(lm: LM, one: RuleRepair, texts: Sequence[str]) -> dict[str, Any]:
+def _rule(lm: LM, one: RuleRepair, texts: Sequence[str], curve: Sequence[CurvePoint]) -> dict[str, Any]:
     record = repair_as_dict(one)
     details = record["details"]
     return {
@@ -39,6 +42,10 @@ def _rule(lm: LM, one: RuleRepair, texts: Sequence[str]) -> dict[str, Any]:
             ("Learn prompts", _lines(one.part("fault", "learn"))),
             ("Near misses", _lines(one.part("near"))),
             ("Healthy prompts", _lines(one.part("healthy"))),
+        ],
+        "curve": [
+            {"learn": p.learn, "unseen": p.unseen, "near": p.near, "refused": p.reason is not None}
+            for p in curve
         ],
         "fires": fires(lm, one, texts),
         "candidates": _flat(details.get("candidates")),
