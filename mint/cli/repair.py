@@ -8,7 +8,7 @@ import typer
 
 from mint import console
 from mint.cli import options as o
-from mint.cli.rule import Accept, Judges, check_options, repair_rules
+from mint.cli.rule import Accept, Judges, Report, check_options, repair_rules
 from mint.errors import MintError
 from mint.extras import need
 
@@ -166,8 +166,7 @@ def repair(
                 "patches": patch,
             },
             out=out or _free_name(),
-            report=report,
-            curve=curve,
+            report=None if report is None else Report(report, curve),
             partial=partial,
             force=force,
             as_json=as_json,

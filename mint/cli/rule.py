@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -180,21 +181,27 @@ def check(
 # ---------------------------------------------------------------------- mint repair --rule
 
 
+@dataclass(frozen=True)
+class Report:
+    """The page that is asked for."""
+
+    path: Path
+    curve: bool
+    """Whether it shows the learn curve."""
+
+
 def repair_rules(
     files: list[Path],
     wishes: "RuleWishes",
     *,
     model: dict,
     out: Path,
-    report: Path | None,
-    curve: bool,
+    report: Report | None,
     partial: bool,
     force: bool,
     as_json: bool,
 ) -> int:
     """`mint repair --rule`. model: arguments of `options.load`. Writes the patch only if every rule is accepted."""
-    from dataclasses import replace
-
     from mint.rules.judge import judge_named
     from mint.rules.rule import load_rule
 
@@ -216,12 +223,12 @@ def repair_rules(
             from mint.rules.report import report_page
 
             alone = replace(wishes, applied=applied)
-            curves = {
-                r.rule.name: learn_curve(lm, r, alone, say) for r in outcome.repairs if curve and r.learnt
-            }
+            drawn = [r for r in outcome.repairs if report.curve and r.learnt]
+            curves = {r.rule.name: learn_curve(lm, r, alone, say) for r in drawn}
             say("writing the report")
             page = report_page(lm, outcome, curves)
-        written = results.store(outcome, out, page=page, report=report, partial=partial, force=force)
+        path = None if report is None else report.path
+        written = results.store(outcome, out, page=page, report=path, partial=partial, force=force)
     result = outcome_as_dict(outcome, None if written is None else str(written))
     if as_json:
         console.print_json(result)
