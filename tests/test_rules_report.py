@@ -36,7 +36,10 @@ def outcome():
     rows.append(Row("a", "near", "time", None, None, "n.py", "unseen", "n"))
     lines = [Line(r, ".time()\n", ".perf()\n" if i != 3 else "<script>\u202e\n") for i, r in enumerate(rows)]
     details = {
-        "candidates": [{"role": "idle", "score": 0.51234}, {"role": "responsible", "score": 0.4}],
+        "candidates": [
+            {"neurons": [{"index": 7, "kind": "rewrite", "role": "idle", "ridge": 0.5}], "score": 0.51234},
+            {"neurons": [{"index": 9, "kind": "value", "role": "responsible"}], "score": 0.4},
+        ],
         "responsible": [{"layer": 1, "index": 3, "linear": -2.0}],
         "verdict": "carrier",
     }
@@ -59,6 +62,7 @@ def test_the_page_shows_what_became_of_every_prompt(outcome):
     assert page.index("not right") < page.index(">right<"), "what failed stands first"
     assert "Where the edit fires" in page and 'class="f3"' in page
     assert "Neurons ranked responsible" in page and "0.5123" in page and "carrier" in page
+    assert "rewrite of 7 (idle)" in page and "ridge" not in page, "neurons in words"
 
 
 def test_a_refused_point_of_the_learn_curve_says_so(outcome):

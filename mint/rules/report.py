@@ -76,8 +76,18 @@ def _lines(lines: Sequence[Line]) -> list[dict]:
 
 
 def _flat(rows: Any) -> list[dict]:
-    """Rows of a table: the keys that every row has and that are no lists of their own."""
+    """Rows of a table: the keys that every row has, neurons in words, anything else that is no single value left out."""
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
         return []
-    keys = [k for k in rows[0] if all(k in r and not isinstance(r[k], dict) for r in rows)]
-    return [{k: round(r[k], 4) if isinstance(r[k], float) else r[k] for k in keys} for r in rows[:12]]
+    told = [{key: _cell(key, value) for key, value in row.items()} for row in rows[:12]]
+    keys = [k for k in told[0] if all(r.get(k) is not None for r in told)]
+    return [{k: r[k] for k in keys} for r in told]
+
+
+def _cell(key: str, value: Any) -> Any:
+    """A value as it stands in a table; None for what has no place in one."""
+    if key == "neurons" and isinstance(value, list):
+        return ", ".join(f"{n['kind']} of {n['index']} ({n['role']})" for n in value)
+    if isinstance(value, (dict, list)):
+        return None
+    return round(value, 4) if isinstance(value, float) else value
