@@ -72,14 +72,17 @@ def curve(rows: Sequence[dict]):
 
 
 def in_a_row(rows: Sequence[dict]):
-    """Figure: what rules repaired one after another still do, and what else changed."""
+    """Figure: what rules repaired one after another still do, of what each did when it was made, and what else changed.
+
+    Refused rules are no part of it.
+    """
     counts = [r["rules"] for r in rows]
-    still = [list(r["right now, at first, of"].values()) for r in rows]
-    now = [sum(s[0] for s in each) / max(1, sum(s[2] for s in each)) for each in still]
-    first = [sum(s[1] for s in each) / max(1, sum(s[2] for s in each)) for each in still]
+    kept = []
+    for row in rows:
+        both = [both for name, both in row["right now, at first, of"].items() if name not in row["refused"]]
+        kept.append(sum(now for now, _, _ in both) / max(1, sum(first for _, first, _ in both)))
     series = [
-        charts.Curve("unseen right, all rules in", counts, now),
-        charts.Curve("unseen right, when made", counts, first),
+        charts.Curve("unseen prompts right, of those when made", counts, kept),
         charts.Curve("tokens of other text unchanged", counts, [1 - r["changed"] for r in rows]),
     ]
     return charts.curves(series, "rules in a row", "share, %", themed=False)
