@@ -333,7 +333,8 @@ def test_the_pictures_of_rules_are_drawn_from_the_rows_of_the_bench(tmp_path):
     ]
     (tmp_path / "run.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "curve.jsonl").write_text("".join(json.dumps(row | {"n": n}) + "\n" for n in (1, 2, 8)))
-    at = {"rules": 1, "right now, at first, of": {"a": [3, 4, 5]}, "changed": 0.01, "broken": 0}
+    shares = {"a": [3, 4, 5], "b": [0, 0, 5]}
+    at = {"rules": 1, "right now, at first, of": shares, "refused": {"b": "no"}, "changed": 0.01, "broken": 0}
     (tmp_path / "row.jsonl").write_text(json.dumps(at) + "\n" + json.dumps(at | {"rules": 5}) + "\n")
     files = [x for n in ("run", "curve", "row") for x in (f"--{n}", str(tmp_path / f"{n}.jsonl"))]
     command = [sys.executable, "scripts/plot_rules.py", *files, "--out", str(tmp_path)]
