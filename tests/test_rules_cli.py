@@ -41,6 +41,10 @@ def mine_args(model, source, *more):
     return ["rule", "mine", "-m", model, "--wrong", WRONG, "--right", RIGHT, "--from", source, *more]
 
 
+def repair_args(model, *more):
+    return ["repair", "-m", model, "--rule", "clock.jsonl", *more]
+
+
 def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path, monkeypatch):
     code, out, err = run(
         capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl", "--json")
@@ -51,20 +55,7 @@ def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path
     assert (len(rule.part("fault")), len(rule.near)) == (mined["fault"], mined["near"])
     assert not list(tmp_path.glob("*.journal"))
 
-    repair = [
-        "repair",
-        "-m",
-        model,
-        "--rule",
-        "clock.jsonl",
-        "--learn",
-        12,
-        "--accept",
-        0.5,
-        "--out",
-        "fix.st",
-        "--json",
-    ]
+    repair = repair_args(model, "--learn", 12, "--accept", 0.5, "--out", "fix.st", "--json")
     code, out, err = run(capsys, *repair)
     result = json.loads(out)
     assert code == 0 and result["success"] and result["patch"] == "fix.st" and result["reason"] is None
@@ -121,18 +112,7 @@ def test_mine_repair_and_check_keep_the_contract(capsys, model, source, tmp_path
 
 def test_the_page_shows_how_many_prompts_a_rule_has_to_learn_from(capsys, model, source):
     run(capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl"))
-    repair = [
-        "repair",
-        "-m",
-        model,
-        "--rule",
-        "clock.jsonl",
-        "--accept",
-        0.0,
-        "--json",
-        "--report",
-        "page.html",
-    ]
+    repair = repair_args(model, "--accept", 0.0, "--json", "--report", "page.html")
     code, out, _ = run(capsys, *repair, "--out", "fix.st", "--curve")
     page, unseen = Path("page.html").read_text(), json.loads(out)["unseen"]
     assert code == 0 and json.loads(out)["learn"]["cases"] == 8

@@ -216,15 +216,15 @@ def repair_rules(
         from mint.rules.repair import repair_rules as repair_all
 
         lm, applied = o.load(**model, say=say, prepare=preparation(wishes, say))
-        outcome = repair_all(lm, rules, replace(wishes, applied=applied), say=say)
+        wishes = replace(wishes, applied=applied)
+        outcome = repair_all(lm, rules, wishes, say=say)
         page = None
         if report is not None:
             from mint.rules.curve import learn_curve
             from mint.rules.report import report_page
 
-            alone = replace(wishes, applied=applied)
             drawn = [r for r in outcome.repairs if report.curve and r.learnt]
-            curves = {r.rule.name: learn_curve(lm, r, alone, say) for r in drawn}
+            curves = {r.rule.name: learn_curve(lm, r, wishes, say) for r in drawn}
             say("writing the report")
             page = report_page(lm, outcome, curves)
         path = None if report is None else report.path
