@@ -491,7 +491,10 @@ def row(args: argparse.Namespace) -> None:
     done: list[tuple[str, list[Prompted], int]] = []
     refused: dict[str, str] = {}
     programs = [(load_cases(p), judges.load_tests_beside(p) or {}) for p in map(Path, args.programs)]
-    at_first = [pass_at_1(lm, *one) for one in programs]
+    if programs and "pass@1 at first" not in ledger:
+        scores = [pass_at_1(lm, *one) for one in programs]
+        ledger.append({"key": "pass@1 at first", "scores": scores})
+        print(f"pass@1 at first: {json.dumps(scores)}", flush=True)
 
     def after(session: Session, one: RuleRepair) -> None:
         unseen = one.part("fault", "unseen")
@@ -519,8 +522,7 @@ def row(args: argparse.Namespace) -> None:
             {"key": f"row {len(done)}", "rules": len(done), "right now, at first, of": now, "refused": dict(refused),
              "changed": 0.0 if effects is None else 1 - effects.argmax_unchanged,
              "broken": 0.0 if effects is None else effects.argmax_broken}
-            | ({"pass@1 at first": at_first, "pass@1": [pass_at_1(lm, *one) for one in programs]}
-               if programs and len(done) == len(rules) else {})
+            | ({"pass@1": [pass_at_1(lm, *one) for one in programs]} if programs and len(done) == len(rules) else {})
         )  # fmt: skip
         print(json.dumps(ledger.rows[f"row {len(done)}"]), flush=True)
 
