@@ -6,7 +6,7 @@
 
 One row a case and solver, written as it is measured; the same command goes on where it stopped, and `--show` only adds up.
 `--plot FILE` draws all solvers and values of the dial: near misses that change against contexts and wordings that hold.
-`changed` are shares of the tokens of 12 other lines of the same file, and of the held-out code that ships. Intervals are 95 %,
+`changed` are shares of the tokens of `--lines` other lines of the same file, and of the held-out code that ships. Intervals are 95 %,
 by a bootstrap that draws cases.
 """
 
@@ -31,13 +31,14 @@ from mint.reference import passages, sample_layers, statistics
 from mint.solver import SOLVERS
 from mint.solver.problem import Problem, Settings, changed
 
-OTHERS = 12
 DIAL = 0.5
 """Default of `--generalize`."""
 LONGEST = 30
 
 
-def chosen(lm: LM, path: str, limit: int, seed: int) -> tuple[list[tuple[Case, Encoded]], list[Encoded]]:
+def chosen(
+    lm: LM, path: str, limit: int, seed: int, lines: int
+) -> tuple[list[tuple[Case, Encoded]], list[Encoded]]:
     """Cases that the model does not write, and other lines of the same file."""
     cases = load_cases(path)
     random.Random(seed).shuffle(cases)
@@ -51,7 +52,7 @@ def chosen(lm: LM, path: str, limit: int, seed: int) -> tuple[list[tuple[Case, E
                 taken.append((case, encoded))
         elif case.target not in {c.target for c, _ in taken}:
             others.append(encoded)
-        if len(others) == OTHERS:
+        if len(others) == lines:
             break
     return taken, others
 
@@ -173,8 +174,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=BUILTIN)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cases", action="append", required=True)
     parser.add_argument("--limit", type=int, default=20, help="cases of each file")
+    parser.add_argument(
+        "--lines", type=int, default=12, help="other lines of each file to look for changes on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--solver", action="append", choices=sorted(SOLVERS))
     parser.add_argument("--generalize", type=float, default=DIAL)
@@ -189,13 +195,13 @@ def main() -> None:
             plot(rows, options.plot)
         return
     done = {(r["solver"], r["id"], r["generalize"]) for r in rows}
-    lm = load_lm(options.model)
+    lm = load_lm(options.model, device=options.device, dtype=options.dtype)
     statistics(lm).measure(sample_layers(lm), sample_layers(lm))
     settings = Settings(generalize=options.generalize)
     text = (Path(__file__).parent.parent / "mint/data/heldout/code.txt").read_text(encoding="utf-8")
     code = [of_ids(ids) for ids in passages(lm, [p.strip("\n") + "\n" for p in text.split("\n---\n")][:4])]
     on_code = clean_outputs(lm, code)
-    files = [chosen(lm, path, options.limit, options.seed) for path in options.cases]
+    files = [chosen(lm, path, options.limit, options.seed, options.lines) for path in options.cases]
     on_lines = [clean_outputs(lm, [of_case(e) for e in others]) for _, others in files]
     for number in range(
         options.limit

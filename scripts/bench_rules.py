@@ -418,7 +418,7 @@ def ordinary(lm: LM) -> list[specificity.Measured]:
 
 def run(args: argparse.Namespace) -> None:
     """Every method on every rule, or mint's learn-curve."""
-    lm, ledger = load_lm(args.model), Ledger(args.out)
+    lm, ledger = load_lm(args.model, device=args.device, dtype=args.dtype), Ledger(args.out)
     statistics(lm)
     clean = specificity.clean_outputs(lm, ordinary(lm))
     jobs = [("mint", n) for n in COUNTS] if args.curve else [(m, args.learn) for m in args.methods or METHODS]
@@ -486,7 +486,7 @@ def row(args: argparse.Namespace) -> None:
 
     Programs are tasks with tests beside them (`python -m tasks humaneval`): pass@1 before the first rule and after the last.
     """
-    lm, ledger = load_lm(args.model), Ledger(args.out)
+    lm, ledger = load_lm(args.model, device=args.device, dtype=args.dtype), Ledger(args.out)
     rules = [load_rule(path) for path in args.rules[: args.limit]]
     done: list[tuple[str, list[Prompted], int]] = []
     refused: dict[str, str] = {}
@@ -531,7 +531,7 @@ def row(args: argparse.Namespace) -> None:
 
 def mine_all(args: argparse.Namespace) -> None:
     """One rule file for each of `RULES` that the model has the habit of."""
-    lm, out = load_lm(args.model), Path(args.out)
+    lm, out = load_lm(args.model, device=args.device, dtype=args.dtype), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as spare:
         folders = [*args.folders, *([_calls(args.calls, Path(spare))] if args.calls else [])]
@@ -567,6 +567,8 @@ def main() -> None:
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--model", default=BUILTIN)
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--dtype", default="auto")
         command.add_argument("--out", required=True)
         if name == "mine":
             command.add_argument("--from", dest="folders", action="append", required=True)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from mint import session, solver
 from mint.case import Case
@@ -10,38 +9,17 @@ from mint.cli import parts
 from mint.evaluation.outcome import outcome_as_dict
 from mint.reference import moments
 from mint.reference.texts import passages
+from mint.rules.mine import Search, mine
+from mint.rules.repair import RuleWishes, repair_rules
 from mint.session import Wishes
-from mint.solver.problem import Settings
+from mint.solver.problem import Settings, TensorChange
+from mint.solver.stack import Stack
 from tests.conftest import same_bits, tiny_lm, weights_of
+from tests.elsewhere import PLACE, Elsewhere, moved
+from tests.habits import RIGHT, WRONG, habitual_lm, write_files
 
 GPU = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
 CASE = Case("one", "ab c", "q", stop="none")
-
-
-class OnDevice(torch.Tensor):
-    """A tensor on a device without float64, as MPS is; what is made from one is one, until it comes to the CPU."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = super().__torch_function__(function, types, args, kwargs)
-        if function is torch.Tensor.cpu or (function is torch.Tensor.to and "cpu" in args[1:]):
-            return result.as_subclass(torch.Tensor)
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, cls) and tensor.dtype == torch.float64:
-                raise TypeError(f"{function}: this device has no float64")
-        return result
-
-
-def moved(lm):
-    """The model with all weights on the device without float64."""
-    for module in lm.model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                data = parameter.detach().clone().as_subclass(OnDevice)
-                module._parameters[name] = nn.Parameter(data, requires_grad=False)
-    lm.__post_init__()
-    return lm
 
 
 @pytest.fixture(autouse=True)
@@ -61,30 +39,69 @@ def repaired(lm, solve="mint", explained=True):
     return session.repair(lm, [CASE], wishes, solver.named(solve), **explanations)
 
 
-def test_the_device_without_float64_refuses_it():
-    x = torch.ones(2).as_subclass(OnDevice)
-    assert (
-        type(x + 1) is OnDevice and type((x + 1).cpu()) is torch.Tensor and type(x.to("cpu")) is torch.Tensor
-    )
+@pytest.fixture
+def elsewhere():
+    with Elsewhere():
+        yield
+
+
+def test_the_device_refuses_what_a_gpu_refuses(elsewhere):
+    x, here = torch.ones(2, device=PLACE), torch.ones(2)
+    assert x.device == (x + 1).device == here.to(PLACE).device == PLACE
+    assert x.cpu().device == x.to("cpu").device == here.device != PLACE
+    assert x[torch.tensor([0])].device == PLACE and float(x.sum()) == 2
+    for mixed in (
+        lambda: x + here,
+        lambda: here.index_select(0, x.long()),
+        lambda: here[x.long()],
+        lambda: here.add_(x),
+    ):
+        with pytest.raises(RuntimeError, match="one device"):
+            mixed()
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
     with pytest.raises(TypeError, match="no float64"):
         x.double()
     with pytest.raises(TypeError, match="no float64"):
-        (x * torch.ones(2)).sum(dtype=torch.float64)
+        (x * torch.ones(2, device=PLACE)).sum(dtype=torch.float64)
     assert (x.cpu().double() + 1).dtype == torch.float64
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_a_repair_asks_a_device_for_no_float64(family):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "jamba", "mixtral", "gpt_oss"])
+def test_a_repair_keeps_to_one_device_and_asks_it_for_no_float64(family, elsewhere):
     outcome = repaired(moved(tiny_lm(family)))
     assert outcome.success, outcome.reason
     assert outcome.patch is not None
     outcome_as_dict(outcome, None)
 
 
-# torch's optimizers, which the others use, take no tensors of a class of one's own.
-@pytest.mark.parametrize("name", sorted(set(solver.SOLVERS) - {"mint", "lora", "rank-one"}))
-def test_no_solver_asks_a_device_for_float64(name):
+# peft moves an adapter to its model's device in a way that a class of tensors cannot follow.
+@pytest.mark.parametrize("name", sorted(set(solver.SOLVERS) - {"mint", "lora"}))
+def test_every_solver_keeps_to_one_device_and_asks_it_for_no_float64(name, elsewhere):
     repaired(moved(tiny_lm()), name, explained=False)
+
+
+def test_a_rule_is_mined_and_repaired_on_another_device(tmp_path, elsewhere):
+    lm = moved(habitual_lm())
+    source = write_files(tmp_path / "src", n=14, seed=5)
+    rule = mine(lm, Search(WRONG, RIGHT, (str(source),), limit=30)).rule
+    outcome = repair_rules(lm, [rule], RuleWishes(accept=0.0))
+    assert outcome.success, outcome.repairs[0].reason
+    assert outcome.repairs[0].figures["unseen"]["right_after"] > 0
+
+
+def test_whole_matrices_are_put_back_on_another_device(elsewhere):
+    lm = moved(tiny_lm())
+    before = weights_of(lm)
+    stack = Stack(lm)
+    for layer in range(2):
+        name = lm.block(layer).slices(0)["out"].parameter
+        weights = lm.parameter(name).detach().clone()
+        stack.put_in(TensorChange({name: weights}, {name: weights + 1}))
+    norm, share = stack.norm()
+    assert norm > 0 and 0 < share
+    stack.clear()
+    assert same_bits(before, weights_of(lm))
 
 
 def test_weights_behind_accelerates_hooks_are_repaired_and_given_back():

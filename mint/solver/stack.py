@@ -57,7 +57,7 @@ class Stack:
     def norm(self) -> tuple[float, float]:
         """Frobenius norm of the whole change, and its share of the norm of the matrices it touched."""
         if self.originals:
-            pairs = [(o, self.lm.parameter(n).detach().cpu()) for n, o in self.originals.items()]
+            pairs = [(o.cpu(), self.lm.parameter(n).detach().cpu()) for n, o in self.originals.items()]
             names = sorted(self.originals)
         elif self.patches:
             whole = compose(self.patches)
