@@ -4,7 +4,7 @@
 
     lm = mint.load_lm("smollm2-135m")
     case = mint.Case("sort", "# sort list l in descending order\\n", "l.sort(reverse=True)\\n")
-    outcome = mint.repair(lm, [case], mint.Wishes(), mint.SOLVERS["mint"])
+    outcome = mint.repair(lm, [case], mint.Wishes(), mint.SOLVERS["contexts"])
     mint.save_patch(outcome.patch, "fix.safetensors")
 
 Names are imported on first use, so that `import mint` costs nothing.

@@ -58,7 +58,7 @@ class Wishes:
     """What the user asks of a session, beyond what is to be repaired."""
 
     settings: Settings = field(default_factory=Settings)
-    solver: str = "mint"
+    solver: str = "contexts"
     stop: str = "auto"
     """How a target ends; see `LM.encode`."""
     keep: tuple[Keep, ...] = ()

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,7 +219,7 @@ def test_a_report_is_written(fault, capsys):
 def test_repair_explains_itself_to_people(broken, capsys, tmp_path, monkeypatch):
     folder, case, undo = broken
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mint.solver.SOLVERS", {"mint": undoing(undo)})
+    monkeypatch.setattr("mint.solver.SOLVERS", {"contexts": undoing(undo)})
     code, _, err = run(capsys, *repair_args(folder, case, "--report", "page.html"))
     assert code == 0 and "neurons behind" in err and "the edited neurons: " in err
     assert "<svg" in Path("page.html").read_text()
@@ -411,7 +412,7 @@ def test_cases_from_a_log(capsys, tmp_path, monkeypatch):
 def test_evaluate_writes_the_files_of_the_contract(broken, capsys, tmp_path, monkeypatch):
     folder, case, undo = broken
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mint.solver.SOLVERS", {"mint": undoing(undo)}, raising=False)
+    monkeypatch.setattr("mint.solver.SOLVERS", {"contexts": undoing(undo)}, raising=False)
     rows = [{"id": "a", "prompt": case.prompt, "target": case.target}, {"id": "b", "prompt": "q"}]
     Path("cases.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     asked = ["evaluate", "-m", folder, "--cases", "cases.jsonl", "--out", "r", "--stop", "none", "--json"]
@@ -419,19 +420,19 @@ def test_evaluate_writes_the_files_of_the_contract(broken, capsys, tmp_path, mon
     assert code == 0, err
     summary = json.loads(out)
     assert json.loads(Path("r/summary.json").read_text()) == summary
-    assert summary["solvers"]["mint"]["cases"] == 1 and summary["skipped"]["count"] == 1
+    assert summary["solvers"]["contexts"]["cases"] == 1 and summary["skipped"]["count"] == 1
     assert {"results.jsonl", "summary.json", "summary.md", "report.html"} <= {
         p.name for p in Path("r").iterdir()
     }
     fails(capsys, 1, "none.jsonl: no such file", *asked[:4], "none.jsonl", *asked[5:])
-    fails(capsys, 1, "unknown solver 'star'; known are mint", *asked, "--solver", "star")
+    fails(capsys, 1, "unknown solver 'star'; known are contexts", *asked, "--solver", "star")
     fails(capsys, 2, "limit", *asked, "--limit", "0")
 
 
 def test_evaluate_measures_programs_in_a_row(broken, capsys, tmp_path, monkeypatch):
     folder, case, undo = broken
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mint.solver.SOLVERS", {"mint": undoing(undo)}, raising=False)
+    monkeypatch.setattr("mint.solver.SOLVERS", {"contexts": undoing(undo)}, raising=False)
     Path("cases.jsonl").write_text(
         json.dumps({"id": "a", "prompt": case.prompt, "target": case.target}) + "\n"
     )
@@ -443,7 +444,7 @@ def test_evaluate_measures_programs_in_a_row(broken, capsys, tmp_path, monkeypat
     Path("p.tests.jsonl").write_text('{"id": "p", "before": "", "after": "\\nassert f() == 1\\n"}\n')
     code, out, err = run(capsys, *asked)
     assert code == 0, err
-    (stop,) = json.loads(out)["solvers"]["mint"]["drift"]
+    (stop,) = json.loads(out)["solvers"]["contexts"]["drift"]
     assert stop["pass_at_1"] == stop["pass_at_1_before"] == 0
     assert "| pass@1" in Path("r/summary.md").read_text()
 
@@ -639,16 +640,17 @@ def test_the_public_face_is_complete_and_sorted():
         mint.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "right, solver, told", [(0, "mint", True), (1, "mint", False), (0, "contexts", False)]
-)
-def test_a_repair_that_does_not_travel_names_the_solver_that_learns_contexts(capsys, right, solver, told):
-    from mint.cli.repair import _show_places
+def test_a_repair_that_learnt_no_contexts_says_why(fault, capsys, monkeypatch):
+    from mint import solver
 
-    found = {
-        "contexts": {"imports": {"right": right, "cases": 1}},
-        "wordings": {},
-        "near_misses": {"cases": 0, "became_target": 0, "changed": 0},
-    }
-    _show_places(found, solver)
-    assert (f"{right} of 1 places; --solver contexts" in " ".join(capsys.readouterr().err.split())) == told
+    folder, case = fault
+    undoes = solver.named("any")
+
+    def alone(lm, problem, settings):
+        return replace(
+            undoes(lm, problem, settings), details={"contexts": False, "alone": "the target is long"}
+        )
+
+    monkeypatch.setattr("mint.solver.named", lambda name: alone)
+    code, _, err = run(capsys, *repair_args(folder, case, "--no-contexts", "--no-explain"))
+    assert code == 0 and "repaired behind this prompt alone: the target is long" in " ".join(err.split())

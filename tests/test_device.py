@@ -125,7 +125,8 @@ def test_weights_behind_accelerates_hooks_are_repaired_and_given_back():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss"])
 def test_a_gpu_repairs_and_gives_every_bit_back(family, dtype):
-    lm = tiny_lm(family, dtype=dtype)
+    # With other seeds, two tokens of the tiny gemma2 are closer together than half precision tells apart.
+    lm = tiny_lm(family, 2, dtype=dtype)
     lm.model.to(GPU)
     lm.__post_init__()
     before = {name: value.cpu() for name, value in weights_of(lm).items()}

@@ -1,16 +1,18 @@
 """The solver that learns contexts: what it learns from, the joint columns, and whole repairs of tiny models."""
 
+import re
+
 import pytest
 import torch
 
 from mint import prompts
 from mint.case import Case
 from mint.errors import MintError
-from mint.solver import variants
+from mint.solver import in_contexts, variants
 from mint.solver.bundle import bundle
 from mint.solver.in_contexts import recipe_of, shares
 from mint.solver.joint import Demand, cost, fit
-from mint.solver.problem import Settings
+from mint.solver.problem import Problem, Settings, Solution
 
 CASE = Case("a", "# sort the first list\n", "x.sort()\n")
 
@@ -96,3 +98,23 @@ def test_the_dial_moves_margin_price_and_near_misses_together():
     for wrong in (Settings(generalize=2.0), Settings(margin=-1.0)):
         with pytest.raises(MintError):
             recipe_of(wrong)
+
+
+@pytest.mark.parametrize(
+    "case, settings, why",
+    [
+        (Case("long", "# go\n", "x" * 60 + "\n"), Settings(), "60 tokens|61 tokens"),
+        (Case("own", "# go\n", "ab\n"), Settings(where="responsible"), "idle neurons"),
+    ],
+)
+def test_what_is_not_learnt_in_contexts_is_handed_over_and_says_why(lm, case, settings, why, monkeypatch):
+    handed = []
+
+    def alone(lm, problem, settings):
+        handed.append(settings)
+        return Solution("mint", None, reason="too hard")
+
+    monkeypatch.setattr("mint.solver.in_contexts.minimal.solve", alone)
+    found = in_contexts.solve(lm, Problem(case, lm.encode(case)), settings)
+    assert handed == [settings] and found.reason == "too hard" and not found.details["contexts"]
+    assert re.search(why, found.details["alone"])

@@ -107,7 +107,7 @@ def test_the_patch_does_what_was_promised(fault):
         assert lm.write(lm.encode(case, "none"), case) == case.target
     (recorded,) = patch.info["cases"]
     assert recorded["prompt"] == case.prompt and recorded["target"] == case.target
-    assert patch.info["measured"]["tokens"] > 0 and patch.info["solver"] == "mint"
+    assert patch.info["measured"]["tokens"] > 0 and patch.info["solver"] == "contexts"
     assert patch.base["layout"]["layers"] == 3
 
 

@@ -18,7 +18,7 @@ def evaluate(
         Path, typer.Option(help="Folder for results.jsonl, summary.json, summary.md, report.html.")
     ],
     solver: Annotated[
-        list[str] | None, typer.Option(help="Solver to evaluate, default mint; may be repeated.")
+        list[str] | None, typer.Option(help="Solver to evaluate, default contexts; may be repeated.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Repair only so many cases, drawn with the seed.")
@@ -133,7 +133,7 @@ def evaluate(
         run.check_libraries()
         wanted, skipped = measuring.read_cases(cases)
         skipped = [*skipped, *measuring.read_skipped(cases.with_name(f"{cases.stem}.skipped.jsonl"))]
-        named_solvers(solver or ["mint"])
+        named_solvers(solver or list(Request().solvers))
         other_cases = None if others is None else load_cases(others)
         code = None if not heldout else [_text(p) for p in heldout]
         known_tests = judges.load_tests_beside(cases) if tests is None else judges.load_tests(tests)
@@ -146,7 +146,7 @@ def evaluate(
         if not team.main:
             console.note(f"process {team.index + 1} of {team.size}")
         request = Request(
-            solvers=solver or ["mint"],
+            solvers=solver or list(Request().solvers),
             settings=Settings(
                 max_neurons=max_neurons,
                 margin=margin,

@@ -61,7 +61,13 @@ def repair(
             help="With --rule and --report: solve again from 1, 2, 4, 8 and 16 faults; minutes more.",
         ),
     ] = False,
-    solver: Annotated[str, typer.Option(help="Solver; see the documentation.")] = "mint",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="contexts: the target in other files and wordings, too; mint: behind this prompt alone, fastest and felt"
+            " least elsewhere; or another method, see the documentation."
+        ),
+    ] = "contexts",
     max_neurons: Annotated[int, typer.Option(min=1, max=2, help="Most neurons that may change.")] = 2,
     margin: Annotated[
         float | None,
@@ -248,7 +254,7 @@ def repair(
     if as_json:
         console.print_json(result)
     else:
-        _show(outcome, result, solver)
+        _show(outcome, result)
     return results.conclude(outcome, written)
 
 
@@ -264,7 +270,7 @@ def _free_name() -> Path:
     return path
 
 
-def _show(outcome, result: dict, solver: str) -> None:
+def _show(outcome, result: dict) -> None:
     """Tables for people on stderr; the path of the patch on stdout."""
     for one in outcome.repairs:
         rows = [
@@ -283,6 +289,8 @@ def _show(outcome, result: dict, solver: str) -> None:
             console.note(f"the edited neurons: {one.verdict.label}; {'; '.join(one.verdict.reasons)}")
         if one.reason:
             console.note(f"refused: {one.reason}", "red")
+        elif one.solution is not None and "alone" in one.solution.details:
+            console.note(f"repaired behind this prompt alone: {one.solution.details['alone']}")
     edits = [(n["layer"], n["index"], n["kind"]) for n in result["neurons"]]
     if edits:
         console.table("neurons changed", ["layer", "neuron", "edit"], edits, ["layer", "neuron"])
@@ -303,14 +311,14 @@ def _show(outcome, result: dict, solver: str) -> None:
             ["value"],
         )
     if result["near_misses"]:
-        _show_places(result, solver)
+        _show_places(result)
     if result["margin_min"] is not None:
         console.note(f"smallest margin {result['margin_min']:.2f}, {result['seconds']:.1f} s after loading")
     if result["patch"]:
         console.print_result(f"{result['patch']}\n")
 
 
-def _show_places(result: dict, solver: str) -> None:
+def _show_places(result: dict) -> None:
     """Where the repair holds and is felt, as a table on stderr."""
     rows = [
         (kind.replace("_", " "), f"{counts['right']} of {counts['cases']}")
@@ -322,14 +330,6 @@ def _show_places(result: dict, solver: str) -> None:
         rows.append(("near misses that became the target", f"{near['became_target']} of {near['cases']}"))
         rows.append(("near misses that changed at all", f"{near['changed']} of {near['cases']}"))
     console.table("the target behind the prompt elsewhere, generated", ["where", "right"], rows, ["right"])
-    right, cases = (
-        sum(counts[what] for counts in result["contexts"].values()) for what in ("right", "cases")
-    )
-    if 2 * right < cases and solver == "mint":
-        console.note(
-            f"in other files it holds in {right} of {cases} places; --solver contexts learns them, too, and takes some"
-            " times as long"
-        )
 
 
 def show_neurons(attribution: dict, top: int = 8) -> None:

@@ -17,7 +17,7 @@ from mint.evaluation.measuring import Options, Skipped, Yardstick
 from mint.model.lm import LM
 from mint.patch import versions
 from mint.reference import reference_digest
-from mint.solver import SOLVERS, named
+from mint.solver import DEFAULT, SOLVERS, named
 from mint.solver.problem import Settings, Solver
 
 _FORMAT = 2
@@ -28,7 +28,7 @@ _FORMAT = 2
 class Request:
     """What is asked of an evaluation, beyond the model and the cases."""
 
-    solvers: Sequence[str] = ("mint",)
+    solvers: Sequence[str] = (DEFAULT,)
     registry: Mapping[str, Solver] | None = None
     """Solvers by name; None: `mint.solver.SOLVERS`."""
     controls: Mapping[str, Control] | None = None

@@ -9,8 +9,8 @@ from mint.solver.baselines import finetune, lora, mint_paper, random_controls, r
 from mint.solver.problem import Solver
 
 SOLVERS: dict[str, Solver] = {
-    "mint": minimal.solve,
-    "contexts": in_contexts.solve,
+    in_contexts.NAME: in_contexts.solve,
+    minimal.NAME: minimal.solve,
     "mint-paper": mint_paper.solve,
     "star": star.solve,
     "rank-one": rank_one.solve,
@@ -18,6 +18,7 @@ SOLVERS: dict[str, Solver] = {
     "lora": lora.solve,
     "random": random_controls.solve,
 }
+DEFAULT = in_contexts.NAME
 
 
 def named(name: str) -> Solver:

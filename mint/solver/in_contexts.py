@@ -51,6 +51,8 @@ REACHABLE = 0.4
 """Largest margin aimed at, as a share of how far the best logit stands above the mean of all."""
 LOUDER = 20.0
 """How much dearer silence becomes where gates made with the recipe do not write the prompt itself."""
+LONGEST = 40
+"""Most tokens of a target that is learnt in contexts: the work grows with their square, and the neuron's room is shared."""
 WIDTH = 2.5
 """The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_rows`."""
 
@@ -291,17 +293,24 @@ def shares(joint: Bundle, fire: Tensor, most: int) -> list[Tensor]:
 def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     """One edit under which the target is written behind the prompt in other files and words too. The model stays as it is.
 
-    Falls back to the solver `mint` where no edit of this kind holds at the prompt itself; `details` says so. Raises
-    `MintError` for settings that make no sense.
+    Hands over to the solver `mint` where no edit of this kind holds at the prompt itself; `details` says why under `alone`.
+    Raises `MintError` for settings that make no sense.
     """
     started = time.perf_counter()
-    try:
-        found = _solve(lm, problem, settings)
-    except ModelError:  # no keys and values to restart behind
-        found = None
-    if found is None:
-        found = minimal.solve(lm, problem, settings)
-        found = replace(found, details=found.details | {"contexts": False})
+    recipe = recipe_of(settings)
+    found: Solution | str
+    if settings.where == "responsible":
+        found = "contexts are learnt by idle neurons"
+    elif len(problem.encoded.target) > LONGEST:
+        found = f"the target has {len(problem.encoded.target)} tokens, and contexts are learnt for up to {LONGEST}"
+    else:
+        try:
+            found = _solve(lm, problem, settings, recipe)
+        except ModelError:
+            found = "the model keeps no keys and values to go on from"
+    if isinstance(found, str):
+        alone = minimal.solve(lm, problem, settings)
+        found = replace(alone, details=alone.details | {"contexts": False, "alone": found})
     return replace(found, seconds=time.perf_counter() - started)
 
 
@@ -320,11 +329,17 @@ class Draft:
 
 
 def draft(
-    lm: LM, seen: Reading, stats: Statistics, recipe: Recipe, idle: Sequence[int], most: int
+    lm: LM,
+    seen: Reading,
+    stats: Statistics,
+    recipe: Recipe,
+    idle: Sequence[int],
+    most: int,
+    start: Tensor | None = None,
 ) -> Draft | None:
     """Gates and columns from a reading; None where no token is wrong, or too few neurons are free.
 
-    idle: neurons of the layer in the order in which they are taken. most: neurons that may be used.
+    idle: neurons of the layer in the order in which they are taken. most: neurons that may be used. start: columns to begin with.
     """
     texts = seen.joint
     margin = min(recipe.margin, REACHABLE * texts.spread)
@@ -340,25 +355,26 @@ def draft(
     rows = [_rows(lm, seen, stats, part, recipe, i) for part, i in zip(parts, indices, strict=True)]
     levels = torch.stack([r.respond(texts.inputs, act) * texts.real for r in rows])
     demand = Demand(texts, levels[None], _wanted(texts, fire, margin), price, lost(texts, indices))
-    found = fit([demand], torch.zeros(len(parts), texts.inputs.shape[-1]), ITERATIONS)
+    begin = torch.zeros(len(parts), texts.inputs.shape[-1]) if start is None else start
+    found = fit([demand], begin, ITERATIONS)
     least = demand.margins(0, found.columns)[0].masked_fill(~texts.real, torch.inf).amin(1)
     return Draft(indices, rows, found.columns, least, found.iterations, margin)
 
 
-def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution | None:
-    recipe = recipe_of(settings)
+def _solve(lm: LM, problem: Problem, settings: Settings, recipe: Recipe) -> Solution | str:
+    """The solution, or why there is none of this kind."""
     stats = statistics(lm, settings.reference)
     layer = _layer(lm) if settings.layers is None else settings.layers[0]
     seen = read(lm, problem, settings, recipe, layer)
     if seen is None:
-        return None
+        return "no other file can be made around the prompt"
     idle = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
     made = draft(lm, seen, stats, recipe, idle, settings.max_neurons)
     if made is not None and made.least[0] <= 0:
         louder = replace(recipe, own=LOUDER * recipe.own, like=LOUDER * recipe.like)
-        made = draft(lm, seen, stats, louder, idle, settings.max_neurons)
+        made = draft(lm, seen, stats, louder, idle, settings.max_neurons, made.columns)
     if made is None or made.least[0] <= 0:
-        return None
+        return "no edit for all contexts writes the prompt itself"
     edits = tuple(
         rewrite(lm, layer, index, rows, column)
         for index, rows, column in zip(made.indices, made.rows, made.columns, strict=True)
@@ -372,7 +388,7 @@ def _solve(lm: LM, problem: Problem, settings: Settings) -> Solution | None:
     patch = Patch(edits, identity(lm), info)
     held = _holds(lm, problem, patch)
     if held is None:
-        return None
+        return "the edit for all contexts breaks the prompt itself or what is protected"
     details = {
         "contexts": True,
         "layer": layer,
