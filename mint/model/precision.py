@@ -50,8 +50,8 @@ def is_coarse(lm: LM) -> bool:
 def coarse(lm: LM) -> Iterator[None]:
     """Within: linear maps multiply in bfloat16 where the CPU does that in hardware; all else as with `fast`.
 
-    For what is averaged over many tokens: each output of a map is off by up to 2^-8 of itself, as if the model were kept
-    in bfloat16, and the residual stream keeps its format. Forwards only, no gradients.
+    For what is averaged over many tokens, or proved afterwards: each output of a map is off by up to 2^-8 of itself, as if the
+    model were kept in bfloat16, and the residual stream keeps its format. A graph for gradients keeps the converted weights.
     """
     with ExitStack() as stack:
         stack.enter_context(fast(lm))

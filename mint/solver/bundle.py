@@ -179,10 +179,10 @@ class Bundle:
 
 def accepted_margins(logits: Tensor, accepted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Margins [n] of accepted ids in logits [n, vocab], over the best rival, and over the soft maximum of all rivals."""
-    rivals = torch.stack(
-        [row.index_fill(0, ids, -torch.inf) for row, ids in zip(logits, accepted, strict=True)]
-    )
-    own = torch.stack([row[ids].amax() for row, ids in zip(logits, accepted, strict=True)])
+    rows = torch.arange(len(logits)).repeat_interleave(torch.tensor([len(ids) for ids in accepted]))
+    where = (rows, torch.cat(list(accepted)))
+    rivals = logits.index_put(where, logits.new_tensor(-torch.inf))
+    own = logits.new_full((len(logits),), -torch.inf).scatter_reduce(0, rows, logits[where], "amax")
     return own - rivals.amax(1), own - SOFT * torch.logsumexp(rivals / SOFT, 1)
 
 

@@ -22,6 +22,7 @@ from mint.errors import CaseError, MintError, ModelError
 from mint.guards import first_broken
 from mint.model.lm import LM, Encoded
 from mint.model.margins import margins
+from mint.model.precision import coarse
 from mint.patch import Patch, applied, identity, versions
 from mint.reference import Statistics, idle_order, other_places, sample_layers, statistics
 from mint.solver import solve as minimal
@@ -365,14 +366,15 @@ def _solve(lm: LM, problem: Problem, settings: Settings, recipe: Recipe) -> Solu
     """The solution, or why there is none of this kind."""
     stats = statistics(lm, settings.reference)
     layer = _layer(lm) if settings.layers is None else settings.layers[0]
-    seen = read(lm, problem, settings, recipe, layer)
-    if seen is None:
-        return "no other file can be made around the prompt"
-    idle = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
-    made = draft(lm, seen, stats, recipe, idle, settings.max_neurons)
-    if made is not None and made.least[0] <= 0:
-        louder = replace(recipe, own=LOUDER * recipe.own, like=LOUDER * recipe.like)
-        made = draft(lm, seen, stats, louder, idle, settings.max_neurons, made.columns)
+    with coarse(lm):  # what is found is proved in the model's own arithmetic
+        seen = read(lm, problem, settings, recipe, layer)
+        if seen is None:
+            return "no other file can be made around the prompt"
+        idle = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
+        made = draft(lm, seen, stats, recipe, idle, settings.max_neurons)
+        if made is not None and made.least[0] <= 0:
+            louder = replace(recipe, own=LOUDER * recipe.own, like=LOUDER * recipe.like)
+            made = draft(lm, seen, stats, louder, idle, settings.max_neurons, made.columns)
     if made is None or made.least[0] <= 0:
         return "no edit for all contexts writes the prompt itself"
     edits = tuple(
