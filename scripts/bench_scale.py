@@ -36,7 +36,7 @@ from mint.model.lm import LM
 from mint.model.loading import BUILTIN, load_lm
 from mint.reference import sample_layers, statistics
 from mint.reference.moments import LINE_TOKENS, PASSAGE_TOKENS
-from mint.solver import SOLVERS
+from mint.solver import DEFAULT, SOLVERS
 from mint.solver.baselines import lora
 from mint.solver.problem import Problem, Settings
 
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace) -> dict:
     wishes = session.Wishes(contexts=False, effects=False)
     rows = []
     for case in cases:
-        outcome, *seconds = timed(partial(session.repair, lm, [case], wishes, SOLVERS["mint"]))
+        outcome, *seconds = timed(partial(session.repair, lm, [case], wishes, SOLVERS[options.solver]))
         if outcome.repairs[0].note is None:  # the model was wrong
             rows.append((case, outcome.success, seconds))
         if len(rows) == options.limit:
@@ -202,6 +202,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", action="append", default=[], choices=SHAPES, help="may be repeated")
     parser.add_argument("--cases", type=Path, help="file of cases; default one line of Python")
     parser.add_argument("--limit", type=int, default=12, help="cases that need a repair (default 12)")
+    parser.add_argument("--solver", default=DEFAULT, choices=sorted(SOLVERS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--no-others", action="store_true", help="leave out LoRA and mint-paper")
