@@ -533,6 +533,17 @@ def test_weights_in_a_second_format_are_not_left_behind(tmp_path):
     unchanged(tmp_path, lambda: C.apply(model, patch), match="also holds pytorch_model.bin")
 
 
+def test_exports_beside_the_weights_are_named_and_stay(tmp_path, caplog):
+    model = saved(tmp_path / "m")
+    patch = random_patch(load_lm(str(model)))
+    (model / "onnx").mkdir()
+    for name in ("onnx/model.onnx", "m-q4.gguf"):
+        (model / name).write_bytes(b"old")
+    C.apply(model, patch)
+    assert "also holds m-q4.gguf and 1 more, which stays as it is; export it anew" in caplog.text
+    assert {(model / name).read_bytes() for name in ("onnx/model.onnx", "m-q4.gguf")} == {b"old"}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -46,6 +46,16 @@ _COPIES = (
     "flax_model*.msgpack",
 )  # fmt: skip
 """Files that hold the same weights once more, and that some reader prefers to the safetensors files."""
+_EXPORTS = (
+    "*.gguf",
+    "*.onnx",
+    "onnx/*.onnx",
+    "original/*.pth",
+    "original/*.safetensors",
+    "*.mlmodelc",
+    "*.engine",
+)
+"""What the weights were exported to for software that reads nothing else: it has to be exported anew."""
 _FICLONE = 0x40049409
 """ioctl of Linux: make a file share the blocks of another until either changes (btrfs, xfs, bcachefs)."""
 
@@ -102,6 +112,13 @@ def _edit(model: str, patch: Patch, verb: str, out: Path | None, force: bool, sa
     _check_tokenizer(patch, folder)
     pieces = _pieces(patch, skeleton, layout)
     _check_copies(folder, files)
+    if exports := sorted(
+        {p.relative_to(folder).as_posix() for pattern in _EXPORTS for p in folder.glob(pattern)}
+    ):
+        more = f" and {len(exports) - 1} more" if exports[1:] else ""
+        _log.warning(
+            f"{out or folder} also holds {exports[0]}{more}, which stays as it is; export it anew from the changed model"
+        )
     if out is None:
         _check_alone(folder, pieces)
         with _as_patch_error(folder), journal.locked(folder, say):
