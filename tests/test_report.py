@@ -335,7 +335,9 @@ def test_the_pictures_of_rules_are_drawn_from_the_rows_of_the_bench(tmp_path):
     (tmp_path / "curve.jsonl").write_text("".join(json.dumps(row | {"n": n}) + "\n" for n in (1, 2, 8)))
     shares = {"a": [3, 4, 5], "b": [0, 0, 5]}
     at = {"rules": 1, "right now, at first, of": shares, "refused": {"b": "no"}, "changed": 0.01, "broken": 0}
-    (tmp_path / "row.jsonl").write_text(json.dumps(at) + "\n" + json.dumps(at | {"rules": 5}) + "\n")
+    first = {"key": "pass@1 at first", "scores": [0.1]}
+    lines = [json.dumps(r) + "\n" for r in (first, at, at | {"rules": 5})]
+    (tmp_path / "row.jsonl").write_text("".join(lines))
     files = [x for n in ("run", "curve", "row") for x in (f"--{n}", str(tmp_path / f"{n}.jsonl"))]
     command = [sys.executable, "scripts/plot_rules.py", *files, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
