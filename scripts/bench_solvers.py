@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sequential", action="store_true", help="also repairs in a row")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, summaries and reports")
-    parser.add_argument("--table", type=Path, default=Path("docs/solvers_table.md"))
+    parser.add_argument("--table", type=Path, default=Path("results/solvers.md"))
     return parser.parse_args(arguments)
 
 
