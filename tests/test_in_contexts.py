@@ -8,11 +8,14 @@ import torch
 from mint import prompts
 from mint.case import Case
 from mint.errors import MintError
+from mint.reference import moments
+from mint.reference.texts import passages
 from mint.solver import in_contexts, variants
 from mint.solver.bundle import bundle
 from mint.solver.in_contexts import recipe_of, shares
 from mint.solver.joint import Demand, cost, fit
 from mint.solver.problem import Problem, Settings, Solution
+from tests.conftest import tiny_lm
 
 CASE = Case("a", "# sort the first list\n", "x.sort()\n")
 
@@ -118,3 +121,15 @@ def test_what_is_not_learnt_in_contexts_is_handed_over_and_says_why(lm, case, se
     found = in_contexts.solve(lm, Problem(case, lm.encode(case)), settings)
     assert handed == [settings] and found.reason == "too hard" and not found.details["contexts"]
     assert re.search(why, found.details["alone"])
+
+
+@pytest.mark.parametrize(
+    "family, why", [("jamba", "no keys and values to go on from"), ("mixtral", "routed experts alone")]
+)
+def test_models_that_cannot_be_restarted_or_have_no_dense_layer_are_handed_over(family, why, monkeypatch):
+    alone = Solution("mint", None, reason="too hard")
+    monkeypatch.setattr("mint.solver.in_contexts.minimal.solve", lambda *_: alone)
+    monkeypatch.setattr(moments, "passages", lambda lm, texts: [p[:48] for p in passages(lm, texts)[:6]])
+    lm = tiny_lm(family)
+    found = in_contexts.solve(lm, Problem(CASE, lm.encode(CASE)), Settings())
+    assert why in found.details["alone"]

@@ -386,7 +386,7 @@ class LM:
             self.settings.config(**stated) if own_settings else GenerationConfig(do_sample=False, **stated)
         )
         ends = self.stop_ids()
-        with self._no_settings():
+        with self._no_settings(), self._nothing_left():
             try:
                 out = model.generate(
                     ids.to(self.device),
@@ -404,6 +404,20 @@ class LM:
                     " generation_config.json, or leave out --verify-settings"
                 ) from error
         return [_until(row[longest:].tolist(), ends) for row in out]
+
+    @contextmanager
+    def _nothing_left(self) -> Iterator[None]:
+        """Within: text models inside wrappers may remember a batch; behind it they have forgotten it.
+
+        transformers keeps the shift of image positions of the last batch on the module (`rope_deltas`), and takes it for that
+        of the next forward, whatever its size.
+        """
+        try:
+            yield
+        finally:
+            for module in self.model.modules():
+                if getattr(module, "rope_deltas", None) is not None:
+                    module.rope_deltas = None
 
     @contextmanager
     def _no_settings(self) -> Iterator[None]:

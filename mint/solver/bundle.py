@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
-
 from mint.model.hooks import record, record_block_inputs
 from mint.model.lm import LM, Encoded
-from mint.model.suffix import kept_cache, kept_prefix, record_states, start_at, suffix_logits
+from mint.model.suffix import kept_cache, kept_prefix, new_cache, record_states, start_at, suffix_logits
 
 SOFT = 0.5
 """Temperature, in logits, of the soft maximum."""
@@ -220,7 +218,7 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int], exact: bool 
     kept: list = [None] * b
     as_tuple = 0
     for batch in _batches([len(t.ids) - 1 for t in texts]):
-        cache = DynamicCache()
+        cache = new_cache(lm)
         rows = torch.tensor([k for k, i in enumerate(batch) for _ in texts[i].target])
         columns = torch.tensor([c for i in batch for c in texts[i].positions])
         with ExitStack() as stack:

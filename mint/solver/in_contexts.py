@@ -302,6 +302,8 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     found: Solution | str
     if settings.where == "responsible":
         found = "contexts are learnt by idle neurons"
+    elif not sample_layers(lm):
+        found = "contexts are learnt in dense layers, and this model has routed experts alone"
     elif len(problem.encoded.target) > LONGEST:
         found = f"the target has {len(problem.encoded.target)} tokens, and contexts are learnt for up to {LONGEST}"
     else:
