@@ -417,7 +417,7 @@ class LM:
         finally:
             for module in self.model.modules():
                 if getattr(module, "rope_deltas", None) is not None:
-                    module.rope_deltas = None
+                    module.__dict__["rope_deltas"] = None
 
     @contextmanager
     def _no_settings(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+
 from mint.model.hooks import record, record_block_inputs
 from mint.model.lm import LM, Encoded
 from mint.model.suffix import kept_cache, kept_prefix, new_cache, record_states, start_at, suffix_logits
