@@ -133,7 +133,8 @@ def evaluate(
         run.check_libraries()
         wanted, skipped = measuring.read_cases(cases)
         skipped = [*skipped, *measuring.read_skipped(cases.with_name(f"{cases.stem}.skipped.jsonl"))]
-        named_solvers(solver or list(Request().solvers))
+        solvers = solver or Request().solvers
+        named_solvers(solvers)
         other_cases = None if others is None else load_cases(others)
         code = None if not heldout else [_text(p) for p in heldout]
         known_tests = judges.load_tests_beside(cases) if tests is None else judges.load_tests(tests)
@@ -146,7 +147,7 @@ def evaluate(
         if not team.main:
             console.note(f"process {team.index + 1} of {team.size}")
         request = Request(
-            solvers=solver or list(Request().solvers),
+            solvers=solvers,
             settings=Settings(
                 max_neurons=max_neurons,
                 margin=margin,

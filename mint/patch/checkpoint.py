@@ -112,13 +112,7 @@ def _edit(model: str, patch: Patch, verb: str, out: Path | None, force: bool, sa
     _check_tokenizer(patch, folder)
     pieces = _pieces(patch, skeleton, layout)
     _check_copies(folder, files)
-    if exports := sorted(
-        {p.relative_to(folder).as_posix() for pattern in _EXPORTS for p in folder.glob(pattern)}
-    ):
-        more = f" and {len(exports) - 1} more" if exports[1:] else ""
-        _log.warning(
-            f"{out or folder} also holds {exports[0]}{more}, which stays as it is; export it anew from the changed model"
-        )
+    _tell_exports(folder, out or folder)
     if out is None:
         _check_alone(folder, pieces)
         with _as_patch_error(folder), journal.locked(folder, say):
@@ -372,6 +366,16 @@ def _check_copies(folder: Path, files: Sequence[str]) -> None:
         raise PatchError(
             f"{folder} also holds {others[0]}, whose weights would stay unpatched for software that reads it; remove it"
             f" (transformers reads {read[0] if read else 'other files'}), and run this again"
+        )
+
+
+def _tell_exports(folder: Path, changed: Path) -> None:
+    """Warn of what the folder holds that is neither patched nor in anybody's way."""
+    exports = sorted({p.relative_to(folder).as_posix() for pattern in _EXPORTS for p in folder.glob(pattern)})
+    if exports:
+        more = f" and {len(exports) - 1} more" if exports[1:] else ""
+        _log.warning(
+            f"{changed} also holds {exports[0]}{more}, which stays as it is; export it anew from the changed model"
         )
 
 
