@@ -11,7 +11,7 @@ from mint.patch import applied
 from mint.rules.contexts import in_other_contexts
 from mint.rules.neuron import habit_of
 from mint.rules.solve import RuleSettings, _before_the_habit, solve_rule
-from mint.solver.bundle import accepted_margins, bundle
+from mint.solver.bundle import bundle
 from mint.solver.classifier import Examples, fit_constant, fit_direction, make_rows
 from mint.solver.problem import margins
 from tests.conftest import same_bits, tiny_lm, weights_of
@@ -57,8 +57,8 @@ def test_one_neuron_holds_behind_unseen_prompts(family):
 def test_restart_gives_the_clean_margins(lm):
     texts = [Encoded(tuple(p), (5, 6, 7)) for p in prompts("x", 3, 0)] + [Encoded((9,), (8,))]
     for layer, found in bundle(lm, texts, [0, 1, 2], exact=True).items():
-        again = accepted_margins(found.logits(torch.zeros_like(found.inputs)), found.accepted())[0]
-        assert torch.allclose(again, found.clean[found.real], atol=1e-3), layer
+        again = found.margins(torch.zeros_like(found.inputs))[0]
+        assert torch.allclose(again[found.real], found.clean[found.real], atol=1e-3), layer
         assert torch.allclose(found.present_margins()[found.real], found.clean[found.real], atol=1e-3)
         for i, text in enumerate(texts):
             assert torch.allclose(found.clean[i, : len(text.target)], margins(lm, text), atol=1e-3)

@@ -5,8 +5,7 @@ never writes weights.
 
 What is remembered of the clean model is not its log-probabilities (197 kB a token for a vocabulary of 49 152 in
 float32) but the vector that enters the unembedding (2 kB): the unembedding is never edited, so `compare` sends the old
-and the new vectors through it side by side, in one matrix product and through whatever the model does behind it (soft
-caps, scales). That keeps the Kullback-Leibler divergence exact to float32 in memory that does not grow with the
+and the new vectors through it, and through whatever the model does behind it (soft caps, scales), a few rows at a time. That keeps the Kullback-Leibler divergence exact to float32 in memory that does not grow with the
 vocabulary. Where the caller knows that nothing below a layer changed, the forward starts at a remembered state there:
 the same numbers in a fraction of the time.
 """
@@ -21,6 +20,7 @@ from torch import Tensor
 from mint.batches import alike
 from mint.errors import MintError
 from mint.model.experts import record_routes
+from mint.model.head import only_read, unembedding
 from mint.model.lm import LM, Encoded
 from mint.model.suffix import record_states, start_at
 from mint.reference import sample_layers
@@ -150,14 +150,8 @@ def clean_outputs(
     routed: list[dict[int, Tensor]] = []
     for batch in batches:
         rows, columns = _places(sequences, batch)
-        seen: list[Tensor] = []
-
-        def remember(selected: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(selected)
-            return selected[:1]  # the logits are not needed: let the unembedding do one row
-
         with (
-            _at_unembedding(lm, rows, columns, remember),
+            only_read(lm, rows, columns) as seen,
             record_states(lm, list(states)) as entered,
             record_routes(lm) as sent,
         ):
@@ -197,13 +191,13 @@ def token_effects(lm: LM, clean: CleanOutputs, since: int | None = None) -> Toke
         rows, columns = _places(clean.sequences, batch)
         with (
             _restarted(lm, clean, number, since),
-            _at_unembedding(lm, rows, columns, lambda new, old=old: torch.cat([old.to(new), new])),
+            only_read(lm, rows, columns) as seen,
             record_routes(lm) as sent,
         ):
-            out = lm.model(input_ids=lm.pad([clean.sequences[i][0] for i in batch]), use_cache=False)
-        before, after = out.logits[0].chunk(2)
-        wanted = torch.tensor([w for i in batch for w in _targets(clean.sequences[i])], device=before.device)
-        found = _effects(before, after, wanted)
+            lm.model(input_ids=lm.pad([clean.sequences[i][0] for i in batch]), use_cache=False)
+        wanted = torch.tensor([w for i in batch for w in _targets(clean.sequences[i])])
+        with unembedding(lm, clean.as_tuple) as logits:
+            found = _effects(logits, old.to(seen[0]), seen[0], wanted.to(seen[0].device))
         found["rerouted"] = torch.zeros(len(rows), dtype=torch.bool)
         for layer, routes in sent.items():  # layers below a restart send every token where they did
             now = routes.index[rows, columns].sort(-1).values.cpu()
@@ -287,10 +281,13 @@ def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
     return kl.clamp_min(0)
 
 
-def _effects(before: Tensor, after: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """Per row of logits [n, vocab]; chunked, so that temporaries stay small."""
+def _effects(
+    logits: Callable[[Tensor], Tensor], before: Tensor, after: Tensor, wanted: Tensor
+) -> dict[str, Tensor]:
+    """Per row of what enters the unembedding before and after, [n, width]; a few rows of logits at a time."""
     found: dict[str, list[Tensor]] = {name: [] for name in _FIELDS}
-    for b, a, w in zip(before.split(_ROWS), after.split(_ROWS), wanted.split(_ROWS), strict=True):
+    for old, new, w in zip(before.split(_ROWS), after.split(_ROWS), wanted.split(_ROWS), strict=True):
+        b, a = logits(old), logits(new)
         found["kl"].append(kl_divergence(b, a))
         found["before"].append(b.argmax(-1))
         found["after"].append(a.argmax(-1))
@@ -340,22 +337,6 @@ def _batches(sequences: Sequence[Measured], tokens: int) -> Iterator[list[int]]:
 def _places(sequences: Sequence[Measured], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
     rows = torch.tensor([row for row, i in enumerate(batch) for _ in sequences[i][1]])
     return rows, torch.tensor([p for i in batch for p in sequences[i][1]])
-
-
-@contextmanager
-def _at_unembedding(
-    lm: LM, rows: Tensor, columns: Tensor, function: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Within: the unembedding sees function(vectors [n, width] at (rows[i], columns[i])) as one sequence."""
-
-    def select(_module, args):
-        return (function(args[0][rows.to(args[0].device), columns.to(args[0].device)])[None],)
-
-    handle = lm.module(lm.layout.unembedding).register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _head(lm: LM) -> tuple[float, ...]:

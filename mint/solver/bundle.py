@@ -6,7 +6,7 @@ nothing about how a neuron comes to fire, or about constraints.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mint.model.head import logit_rows, only_read, unembedding
 from mint.model.hooks import record, record_block_inputs
 from mint.model.lm import LM, Encoded
-from mint.model.suffix import kept_cache, kept_prefix, new_cache, record_states, start_at, suffix_logits
+from mint.model.suffix import kept_cache, kept_prefix, new_cache, record_states, start_at
 
 SOFT = 0.5
 """Temperature, in logits, of the soft maximum."""
@@ -71,11 +72,15 @@ class Bundle:
             for i, p in self.real.nonzero().tolist()
         ]
 
-    def logits(self, writes: Tensor) -> Tensor:
-        """Logits [real tokens, vocab], float32 on CPU, with writes [b, m, d_model] added to the block's output."""
-        rows, columns = self.real.nonzero().T
-        with self.lm.only_at(rows, columns):
-            return self._forward(writes)
+    def margins(self, writes: Tensor) -> tuple[Tensor, Tensor]:
+        """Margins [b, m] over the best rival, and over the soft maximum of all rivals; 0 where there is no token.
+
+        writes: [b, m, d_model], what is added to the block's output.
+        """
+        both = torch.zeros(2, *self.real.shape)
+        with torch.no_grad():
+            both[:, self.real] = head_margins(self.lm, self._reads(writes), self.accepted(), self.as_tuple)
+        return both[0], both[1]
 
     def soft_margins(self, writes: Tensor, want: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Margins over the soft maximum of all rivals, and their gradients by what is written.
@@ -85,35 +90,21 @@ class Bundle:
         at q <= p) and the places [b, m] that have one.
         """
         b, m = self.real.shape
-        rows, columns = self.real.nonzero().T
-        seen: dict[str, Tensor] = {}
-
-        def split(_module, args):
-            seen["all"] = args[0]
-            seen["read"] = args[0].detach().requires_grad_()
-            return (seen["read"],)
-
         found, gradients = torch.zeros(b, m), torch.zeros(b, m, m, writes.shape[-1])
-        with torch.enable_grad(), self.lm.only_at(rows, columns):
+        with torch.enable_grad():
             write = writes.clone().requires_grad_()
-            handle = self.lm.module(self.lm.layout.unembedding).register_forward_pre_hook(split)
-            try:
-                logits = self._forward(write)
-            finally:
-                handle.remove()
-            margin = accepted_margins(logits, self.accepted())[1]
-            found[rows, columns] = margin.detach()
+            reads = self._reads(write)
+            # The unembedding is wide: it is gone through apart from the layers, a few rows at a time.
+            margin, by_read = soft_gradients(self.lm, reads.detach(), self.accepted(), self.as_tuple)
+            found[self.real] = margin
             want = want & self.real & (found < below)
-            asked = want[rows, columns]
-            if not asked.any():
-                return found, gradients, want
-            (by_read,) = torch.autograd.grad(margin[asked].sum(), seen["read"])
+            asked, columns = want[self.real], self.real.nonzero()[:, 1]
             # Texts do not see each other, so one backward serves a whole column of places.
             for p in range(m):
                 here = asked & (columns == p)
                 if here.any():
-                    picked = by_read * here.to(by_read.device)[None, :, None]
-                    (by_write,) = torch.autograd.grad(seen["all"], write, picked, retain_graph=True)
+                    picked = by_read * here.to(by_read.device)[:, None]
+                    (by_write,) = torch.autograd.grad(reads, write, picked, retain_graph=True)
                     gradients[:, p] = by_write.float()
         return found, gradients, want
 
@@ -129,8 +120,14 @@ class Bundle:
             rows = torch.tensor([k for k, _, _ in places])
             first = [len(self.prompt_inputs[i]) for i in batch]
             columns = torch.tensor([first[k] + p for k, _, p in places])
-            logits = suffix_logits(self.lm, self.layer, hidden, self.as_tuple, rows, columns).cpu()
-            found, _ = accepted_margins(logits, [accepted[i, p] for _, i, p in places])
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.lm.device)
+            with (
+                start_at(self.lm, self.layer, hidden, self.as_tuple),
+                only_read(self.lm, rows, columns) as reads,
+            ):
+                self.lm.model(input_ids=ids, use_cache=False)
+            right = [accepted[i, p] for _, i, p in places]
+            found, _ = head_margins(self.lm, reads[0], right, self.as_tuple)
             out[[i for _, i, _ in places], [p for _, _, p in places]] = found
         return out
 
@@ -158,8 +155,8 @@ class Bundle:
             self.as_tuple,
         )
 
-    def _forward(self, writes: Tensor) -> Tensor:
-        """Logits of what the unembedding is given to see."""
+    def _reads(self, writes: Tensor) -> Tensor:
+        """What enters the unembedding at the real places, [real tokens, width], with writes added to the block's output."""
         lm = self.lm
         ids = torch.zeros(self.hidden.shape[:2], dtype=torch.long, device=lm.device)
 
@@ -171,18 +168,52 @@ class Bundle:
         if "position_ids" in inspect.signature(lm.model.forward).parameters:
             options["position_ids"] = self.positions
         with ExitStack() as stack:
+            reads = stack.enter_context(only_read(lm, *self.real.nonzero().T))
             stack.enter_context(start_at(lm, self.layer, self.hidden, self.as_tuple))
             stack.callback(lm.module(lm.block(self.layer).out).register_forward_hook(add).remove)
-            return lm.model(input_ids=ids, **options).logits[0].float().cpu()
+            lm.model(input_ids=ids, **options)
+        return reads[0]
 
 
 def accepted_margins(logits: Tensor, accepted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Margins [n] of accepted ids in logits [n, vocab], over the best rival, and over the soft maximum of all rivals."""
     rows = torch.arange(len(logits)).repeat_interleave(torch.tensor([len(ids) for ids in accepted]))
-    where = (rows, torch.cat(list(accepted)))
+    rows = rows.to(logits.device)
+    where = (rows, torch.cat(list(accepted)).to(logits.device))
     rivals = logits.index_put(where, logits.new_tensor(-torch.inf))
     own = logits.new_full((len(logits),), -torch.inf).scatter_reduce(0, rows, logits[where], "amax")
     return own - rivals.amax(1), own - SOFT * torch.logsumexp(rivals / SOFT, 1)
+
+
+@torch.no_grad()
+def head_margins(lm: LM, reads: Tensor, accepted: Sequence[Tensor], as_tuple: int) -> Tensor:
+    """`accepted_margins` [2, n], on the CPU, of what enters the unembedding, [n, width]."""
+    found = [
+        torch.stack(accepted_margins(logits, accepted[part])).cpu()
+        for part, logits in _by_parts(lm, reads, as_tuple)
+    ]
+    return torch.cat(found, 1)
+
+
+def soft_gradients(lm: LM, reads: Tensor, accepted: Sequence[Tensor], as_tuple: int) -> tuple[Tensor, Tensor]:
+    """Margins [n] over the soft maximum, on the CPU, and the gradient [n, width] of each by what enters the unembedding."""
+    found, gradients = [], []
+    with torch.enable_grad():
+        reads = reads.detach().requires_grad_()
+        for part, logits in _by_parts(lm, reads, as_tuple):
+            margin = accepted_margins(logits, accepted[part])[1]
+            gradients.append(torch.autograd.grad(margin.sum(), reads)[0][part])
+            found.append(margin.detach().cpu())
+    return torch.cat(found), torch.cat(gradients)
+
+
+def _by_parts(lm: LM, reads: Tensor, as_tuple: int) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of `reads`, and their logits: a few at a time."""
+    rows = logit_rows(lm)
+    with unembedding(lm, as_tuple) as logits:
+        for start in range(0, len(reads), rows):
+            part = slice(start, start + rows)
+            yield part, logits(reads[part])
 
 
 def _endings(lm: LM, texts: Sequence[Encoded]) -> dict[int, Tensor]:
@@ -226,19 +257,24 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int], exact: bool 
             states = stack.enter_context(record_states(lm, layers))
             seen = stack.enter_context(record_block_inputs(lm, layers))
             fired = stack.enter_context(record(lm, layers))
-            stack.enter_context(lm.only_at(rows, columns))
+            reads = stack.enter_context(only_read(lm, rows, columns))
             ids = lm.pad([texts[i].ids[:-1] for i in batch])
-            logits = lm.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().cpu()
+            lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
         as_tuple = states.as_tuple
         pairs = kept_prefix(lm, cache, ids.shape[1] - 1)
-        spread += len(batch) * float((logits.amax(1) - logits.mean(1)).mean())
         alone = [torch.tensor([t]) for i in batch for t in texts[i].target]
         ends = torch.tensor([len(texts[i].target) for i in batch]).cumsum(0) - 1
         for i, end in zip(batch, ends.tolist(), strict=True):
             token = texts[i].target[-1]
             if token in endings:
                 alone[int(end)] = endings[token]
-        margins, softs = accepted_margins(logits, alone)
+        parts = []
+        for part, logits in _by_parts(lm, reads[0], as_tuple):
+            parts.append(
+                torch.stack([*accepted_margins(logits, alone[part]), logits.amax(1) - logits.mean(1)])
+            )
+        margins, softs, above = torch.cat(parts, 1).cpu()
+        spread += len(batch) * float(above.mean())
         at = 0
         for k, i in enumerate(batch):
             n, start = len(texts[i].target), starts[i]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint.solver.bundle import Bundle, accepted_margins
+from mint.solver.bundle import Bundle
 from mint.solver.qp import smallest
 
 _SHARES = (1.0, 0.5, 0.25, 0.12, 0.05)
@@ -44,14 +44,9 @@ class Demand:
         each = "kd" if columns.dim() == 2 else "kbd"
         return self.base + torch.einsum(f"kbm,{each}->bmd", self.levels[scenario], columns)
 
-    @torch.no_grad()
     def margins(self, scenario: int, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Margins [b, m] over the best rival, and over the soft maximum of all rivals; 0 where there is no token."""
-        logits = self.bundle.logits(self.writes(scenario, columns))
-        both = torch.zeros(2, *self.bundle.real.shape)
-        for found, values in zip(both, accepted_margins(logits, self.bundle.accepted()), strict=True):
-            found[self.bundle.real] = values
-        return both[0], both[1]
+        return self.bundle.margins(self.writes(scenario, columns))
 
 
 def lost(bundle: Bundle, indices: Sequence[int]) -> Tensor:
