@@ -22,7 +22,7 @@ Examples:
   mint repair -m smollm2-135m -p $'# sort list l in descending order\\n' -t $'l.sort(reverse=True)\\n' --out fix.safetensors
   mint repair -m ./my-model --cases faults.jsonl --keep must-not-change.jsonl --out fixes.safetensors --json
   mint repair -m ./my-model --patch fix.safetensors -p ... -t ... --out second.safetensors
-  mint repair -m ./coder -p 'def area(r):\n    return ' --suffix $'\n\nprint(area(2))\n' -t 'math.pi * r ** 2' --stop eos
+  mint repair -m ./coder -p $'def area(r):\\n    return ' --suffix $'\\n\\nprint(area(2))\\n' -t 'math.pi * r ** 2' --stop eos
   mint repair -m ./my-model --rule clock.jsonl --learn 8 --accept 0.7 --out clock.safetensors
 """
 
