@@ -13,8 +13,9 @@ from mint.model.lm import LM
 from mint.patch import NeuronEdit, Patch
 from mint.patch.record import cases_of, places_named
 from mint.session import Outcome, Prepare, Wishes, repair
+from mint.solver import in_contexts
+from mint.solver import solve as minimal
 from mint.solver.problem import Problem, Settings, Solution
-from mint.solver.solve import solve, solve_at
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Rebased:
 def rebase(lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = lambda _: None) -> Rebased:
     """Solve the cases that a patch records again on another model; the model is as before afterwards.
 
-    The old neurons are tried first, so that as little as possible moves; where they fail the solver chooses. Raises
-    `PatchError` for a patch without cases.
+    The old neurons are tried first, so that as little as possible moves; where they fail the solver chooses. A patch that
+    was made to hold in other files and wordings is solved for them again. Raises `PatchError` for a patch without cases.
     """
     cases = cases_of(patch)
     if not cases:
@@ -38,22 +39,35 @@ def rebase(lm: LM, patch: Patch, *, prepare: Prepare | None = None, say: Say = l
             "the patch records no cases, so it cannot be solved again; give one that `mint repair` wrote, and the file of its rule"
             " with --rule where it was made from one"
         )
-    asked = Wishes(settings=_settings(patch), stop=str(patch.info.get("stop") or "auto"))
+    asked = Wishes(
+        settings=_settings(patch), stop=str(patch.info.get("stop") or "auto"), solver=solver_of(patch)
+    )
     places = _places(patch)
 
     def again(lm: LM, problem: Problem, settings: Settings) -> Solution:
         known = places.get(problem.case.id, [])
         old = [p for p in known if (p[0], p[2]) not in problem.used and _fits(lm, p)]
-        if old and len({place[:2] for place in old}) == 1:
+        together = len({place[:2] for place in old}) == 1
+        if solver_of(patch) == in_contexts.NAME:
+            first = [(layer, index) for layer, expert, index in old if together and expert < 0]
+            found = in_contexts.attempt(lm, problem, settings, first)
+            if isinstance(found, Solution):
+                return found
+        if together:
             layer, expert, _ = old[0]
             view = lm if expert < 0 else focused(lm, {layer: [expert]})
-            found = solve_at(view, problem, settings, [(layer, index) for layer, _, index in old])
+            found = minimal.solve_at(view, problem, settings, [(layer, index) for layer, _, index in old])
             if found.change is not None:
                 return found
-        return solve(lm, problem, settings)
+        return minimal.solve(lm, problem, settings)
 
     outcome = repair(lm, cases, asked, again, prepare=prepare, say=say)
     return Rebased(outcome, tuple(_moved(patch, places, outcome, case) for case in cases))
+
+
+def solver_of(patch: Patch) -> str:
+    """The solver that the patch was made with; `mint` if it does not say so."""
+    return str(patch.info.get("solver") or minimal.NAME)
 
 
 def _fits(lm: LM, place: tuple[int, int, int]) -> bool:

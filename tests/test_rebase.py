@@ -11,6 +11,8 @@ from mint.cli import main
 from mint.patch.record import ask, cases_of
 from mint.patch.relocate import relocate
 from mint.rebase import rebase
+from mint.session import Wishes, repair
+from mint.solver import in_contexts
 from mint.solver.problem import Problem, Settings
 from mint.solver.solve import solve
 from tests.conftest import same_bits, tiny_lm, weights_of
@@ -38,6 +40,22 @@ def test_the_same_neuron_is_solved_again_on_a_newer_model():
     assert row["stayed"] == row["before"] == row["after"] and row["cosine"][0] > 0.5 and row["needed"]
     with P.applied(other, done.outcome.patch):
         assert all(a.holds for a in ask(other, cases_of(done.outcome.patch)))
+
+
+@pytest.mark.real
+def test_a_patch_that_learnt_contexts_learns_them_again(real_lm, monkeypatch):
+    case = Case("sort", "# sort list l in descending order\n", "l.sort(reverse=True)\n")
+    wishes = Wishes(contexts=False, effects=False)
+    made = repair(real_lm, [case], wishes, in_contexts.solve)
+    assert made.patch and made.repairs[0].solution.details["contexts"]
+    asked = []
+    attempt = in_contexts.attempt
+    monkeypatch.setattr(in_contexts, "attempt", lambda *a: asked.append(a[-1]) or attempt(*a))
+    done = rebase(real_lm, made.patch)
+    assert asked == [[(e.layer, e.index) for e in made.patch.edits]]
+    assert done.outcome.repairs[0].solution.details["contexts"]
+    assert done.moved[0]["stayed"] == done.moved[0]["before"]
+    assert done.outcome.patch.info["solver"] == "contexts"
 
 
 def test_a_case_that_the_newer_model_writes_needs_no_patch():

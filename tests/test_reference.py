@@ -68,6 +68,23 @@ def test_single_inputs_are_those_of_passages_and_lines(lm):
     assert len(rows) == statistics(lm).tokens + sum(map(len, lines))
 
 
+def test_what_lies_beyond_is_the_rest_of_the_text_and_measured_when_it_is_read(lm):
+    stats = statistics(lm)
+    stats.measure([1], [])
+    assert not any("beyond" in name for name in files())
+    rest = moments._left_out(lm, reference_texts())
+    wanted, _ = plain(lm, 1, rest)
+    found = stats.beyond[1].float()
+    assert len(found) == sum(map(len, rest)) == len(torch.cat(wanted))
+    for row in (wanted[0][-1], wanted[-1][-1]):
+        assert float((found - row).abs().amax(1).min()) < 1e-2
+    every = {tuple(ids) for ids in (*passages(lm, reference_texts()), *passages(lm, reference_lines()))}
+    taken = moments._chosen(lm, reference_texts(), len(reference_texts())) + moments._lines(lm)
+    assert {tuple(ids) for ids in taken} | set(rest) == every
+    assert not {tuple(ids) for ids in taken} & set(rest)
+    assert f"statistics/{stats.key}/beyond-1.safetensors" in files()
+
+
 def test_nothing_above_the_topmost_layer_runs_and_no_unembedding(lm):
     def never(*_):
         raise AssertionError("ran a module that nobody asked for")

@@ -8,6 +8,7 @@ from mint.model.lm import LM
 from mint.patch import Patch
 from mint.reference import Statistics, sample_layers, statistics
 from mint.session import Attribute, GiveVerdict, Prepare, Wishes
+from mint.solver import in_contexts
 from mint.solver.problem import Problem
 
 
@@ -20,7 +21,9 @@ def preparation(wishes: Wishes, say: Say, explained: bool = False) -> Prepare:
     def prepare(lm: LM) -> Statistics:
         layers = wishes.settings.layers or sample_layers(lm)
         found = statistics(lm, wishes.settings.reference, say)
-        found.measure(layers, None if explained else layers)
+        in_files = wishes.solver == in_contexts.NAME and sample_layers(lm)
+        beyond = [in_contexts.layer_of(lm, wishes.settings)] if in_files else []
+        found.measure(layers, None if explained else layers, beyond)
         return found
 
     return prepare

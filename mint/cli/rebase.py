@@ -69,6 +69,7 @@ def rebase(
         from mint import patch as patches
         from mint.cli import parts
         from mint.rebase import rebase as again
+        from mint.rebase import solver_of
         from mint.session import Wishes
 
         loaded = patches.load(patch)
@@ -78,7 +79,7 @@ def rebase(
             loaded = replace(loaded, info=loaded.info | {"settings": kept | {"margin": margin}})
         chat = bool(loaded.info.get("chat"))
         lm, _ = o.load(model, device, dtype, revision, chat, say=say)
-        done = again(lm, loaded, prepare=parts.preparation(Wishes(), say), say=say)
+        done = again(lm, loaded, prepare=parts.preparation(Wishes(solver=solver_of(loaded)), say), say=say)
         written = None
         if done.outcome.success and done.outcome.patch is not None:
             written = patches.save(done.outcome.patch, out, force=force)

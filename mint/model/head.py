@@ -13,7 +13,7 @@ from torch import Tensor
 from mint.model.lm import LM
 from mint.model.suffix import start_at
 
-BYTES = 32e6
+BYTES = 64e6
 """Bytes of logits in float32 that exist at once."""
 
 

@@ -51,14 +51,16 @@ def coarse(lm: LM) -> Iterator[None]:
     """Within: linear maps multiply in bfloat16 where the CPU does that in hardware; all else as with `fast`.
 
     For what is averaged over many tokens, or proved afterwards: each output of a map is off by up to 2^-8 of itself, as if the
-    model were kept in bfloat16, and the residual stream keeps its format. A graph for gradients keeps the converted weights.
+    model were kept in bfloat16, and the residual stream keeps its format. A graph for gradients keeps the converted weights;
+    those of the unembedding, which is gone through a few rows at a time, are kept until the end.
     """
+    head = lm.module(lm.layout.unembedding)
     with ExitStack() as stack:
         stack.enter_context(fast(lm))
         for module in lm.model.modules() if is_coarse(lm) else ():
             # A hook of accelerate means that the weights may lie elsewhere.
             if type(module) is nn.Linear and not hasattr(module, "_hf_hook"):
-                stack.enter_context(forward_replaced(module, _linear_in_bfloat16(module)))
+                stack.enter_context(forward_replaced(module, _linear_in_bfloat16(module, module is head)))
         yield
 
 
@@ -110,10 +112,15 @@ def _convert(stack: ExitStack, module: nn.Module, dtype: torch.dtype) -> None:
         stack.callback(module.register_forward_hook(leave, always_call=True).remove)
 
 
-def _linear_in_bfloat16(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _linear_in_bfloat16(module: nn.Linear, keep: bool) -> Callable[[Tensor], Tensor]:
+    kept: list[Tensor] = []
+
     def forward(x: Tensor) -> Tensor:
+        weight = kept[0] if kept else module.weight.bfloat16()
+        if keep and not kept:
+            kept.append(weight)
         bias = None if module.bias is None else module.bias.bfloat16()
-        return F.linear(x.bfloat16(), module.weight.bfloat16(), bias).to(x.dtype)
+        return F.linear(x.bfloat16(), weight, bias).to(x.dtype)
 
     return forward
 

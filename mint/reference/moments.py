@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Protocol, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,12 +60,19 @@ class Statistics:
     """E[n^2], [d_ff] a layer, over all tokens, the first ones too: what is lost where the neuron is overwritten."""
     sample: Mapping[int, Tensor]
     """Single block inputs, layer -> [tokens, d_model] float16: those of the passages, then those of the single lines."""
+    beyond: Mapping[int, Tensor]
+    """The same of all other text that ships: for a gate that has to be silent on text that nobody wrote down. One more pass."""
     key: str
     """SHA-256 of all that the statistics depend on."""
-    measure: Callable[[Iterable[int], Iterable[int] | None], None] = field(
-        default=lambda *_: None, repr=False, compare=False
-    )
-    """measure(inputs, neurons): have the inputs of some layers and the neurons of some (None: all), in one pass."""
+    measure: "Measure" = field(default=lambda *_: None, repr=False, compare=False)
+    """measure(inputs, neurons, beyond): have the inputs of some layers, the neurons of some (None: all) and the other text's
+    inputs of some (default: none), in one pass."""
+
+
+class Measure(Protocol):
+    def __call__(
+        self, inputs: Iterable[int], neurons: Iterable[int] | None, beyond: Iterable[int] = (), /
+    ) -> None: ...
 
 
 def sample_layers(lm: LM) -> list[int]:
@@ -81,10 +88,13 @@ def sample_layers(lm: LM) -> list[int]:
     return list(dict.fromkeys(layers))
 
 
-_INPUTS, _NEURONS = ("second", "mean", "sample"), ("mean", "square", "energy")
-_FIELDS = {"inputs": _INPUTS, "neurons": _NEURONS}
+_FIELDS = {
+    "inputs": ("second", "mean", "sample"),
+    "neurons": ("mean", "square", "energy"),
+    "beyond": ("sample",),
+}
 _Parts = dict[tuple[str, int], dict[str, Tensor]]
-"""(`inputs` or `neurons`, layer) -> field -> tensor."""
+"""(kind, layer) -> field -> tensor."""
 
 
 @dataclass
@@ -107,7 +117,8 @@ def statistics(
     extra: the user's own text files. say: told what happens; if it has a method `progress(text, done, total)`, that is
     told the tokens done. cache: read and write the cache on disk. Edits of a few neurons hardly move these averages: what
     is known of a live model stays valid while it carries some, but a pass over an edited model never goes to the disk.
-    Time: at most `PASSAGE_TOKENS` + `LINE_TOKENS` tokens up to the topmost layer asked for, as many more with own text.
+    Time: at most `PASSAGE_TOKENS` + `LINE_TOKENS` tokens up to the topmost layer asked for, as many more with own text; for
+    `beyond`, about 19,000 tokens more.
     Memory: one d_model x d_model matrix and about as many inputs [tokens, d_model] a layer read.
     """
     texts = reference_texts(extra)
@@ -119,9 +130,10 @@ def statistics(
         memo[place] = _Known(reference_key(lm, texts), sum(map(len, chosen)))
     known = memo[place]
 
-    def measure(inputs: Iterable[int], neurons: Iterable[int] | None) -> None:
+    def measure(inputs: Iterable[int], neurons: Iterable[int] | None, beyond: Iterable[int] = (), /) -> None:
         wanted = [("inputs", layer) for layer in inputs]
         wanted += [("neurons", layer) for layer in (range(lm.n_layers) if neurons is None else neurons)]
+        wanted += [("beyond", layer) for layer in beyond]
         for part in wanted:
             if not lm.d_ff(part[1]):  # a layer without a block
                 known.parts[part] = dict.fromkeys(_FIELDS[part[0]], torch.zeros(0))
@@ -131,14 +143,15 @@ def statistics(
             missing = [part for part in missing if part not in known.parts]
         if missing:
             with coarse(lm):
-                found = _measure(lm, _chosen(lm, texts, shipped), missing, say)
+                rest = _left_out(lm, texts[:shipped]) if any(kind == "beyond" for kind, _ in missing) else []
+                found = _measure(lm, _chosen(lm, texts, shipped), rest, missing, say)
             known.parts |= found
             if cache and reference_key(lm, texts) == known.key:
                 _store(known.key, found)
 
     def field_of(kind: str, name: str) -> "_ByLayer":
         def read(layers: Sequence[int]) -> list[Tensor]:
-            measure(*((layers, ()) if kind == "inputs" else ((), layers)))
+            measure(*(layers if kind == which else () for which in _FIELDS))
             return [known.parts[kind, layer][name] for layer in layers]
 
         return _ByLayer(read, lm.n_layers)
@@ -151,6 +164,7 @@ def statistics(
         neurons_square=field_of("neurons", "square"),
         neurons_energy=field_of("neurons", "energy"),
         sample=_Rows(field_of("inputs", "sample")),
+        beyond=_Rows(field_of("beyond", "sample")),
         key=known.key,
         measure=measure,
     )
@@ -239,6 +253,18 @@ def _chosen(lm: LM, texts: Sequence[str], shipped: int) -> list[Sequence[int]]:
     return [*_spread(passages(lm, texts[:shipped]), PASSAGE_TOKENS), *_spread(own, PASSAGE_TOKENS)]
 
 
+def _lines(lm: LM) -> list[Sequence[int]]:
+    """Single lines, as many as are measured."""
+    return _spread(passages(lm, reference_lines()), LINE_TOKENS)
+
+
+def _left_out(lm: LM, texts: Sequence[str]) -> list[Sequence[int]]:
+    """Passages and single lines of the text that ships which `_chosen` and `_lines` leave out."""
+    taken = {tuple(ids) for ids in (*_spread(passages(lm, texts), PASSAGE_TOKENS), *_lines(lm))}
+    every = (*passages(lm, texts), *passages(lm, reference_lines()))
+    return [ids for ids in dict.fromkeys(map(tuple, every)) if ids not in taken]
+
+
 def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], Tensor]]:
     """Sequences of like length together, and which places of the padded batch are real tokens, bool."""
     order = sorted(sequences, key=len)
@@ -270,25 +296,34 @@ class _Sums:
 
 @torch.no_grad()
 def _measure(
-    lm: LM, sequences: Sequence[Sequence[int]], parts: Sequence[tuple[str, int]], say: Say
+    lm: LM,
+    sequences: Sequence[Sequence[int]],
+    rest: Sequence[Sequence[int]],
+    parts: Sequence[tuple[str, int]],
+    say: Say,
 ) -> _Parts:
-    """The given parts in one pass over the sequences, and over the single lines where inputs are among them."""
-    inputs = sorted(layer for kind, layer in parts if kind == "inputs")
-    neurons = sorted(layer for kind, layer in parts if kind == "neurons")
-    lines = _spread(passages(lm, reference_lines()), LINE_TOKENS) if inputs else []
-    total, done = sum(map(len, [*sequences, *lines])), 0
+    """The given parts in one pass over the sequences, the single lines where inputs are among them, and the rest."""
+    inputs, neurons, beyond = (
+        sorted(layer for kind, layer in parts if kind == which) for which in ("inputs", "neurons", "beyond")
+    )
+    if not inputs and not neurons:
+        sequences = []
+    lines = _lines(lm) if inputs else []
+    total, done = sum(map(len, [*sequences, *lines, *rest])), 0
     tokens = inner_tokens = 0
     sums = {part: _Sums() for part in parts}
-    samples: dict[int, list[Tensor]] = {layer: [] for layer in inputs}
+    samples: dict[tuple[str, int], list[Tensor]] = {part: [] for part in parts}
 
-    def tell() -> None:
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
         text = "measuring the model on reference text (once per model)"
         if isinstance(say, Counts):
             say.progress(text, done, total)
         elif not done:
             say(text)
 
-    tell()
+    tell(0)
     for batch, real in _batches(sequences):
         inner = real.clone()
         inner[:, 0] = False
@@ -298,27 +333,31 @@ def _measure(
             x = seen_inputs[layer][real.to(seen_inputs[layer].device)].float()
             sums["inputs", layer].add("second", x.T @ x)
             sums["inputs", layer].add("mean", x.sum(0))
-            samples[layer].append(x.half().cpu())
+            samples["inputs", layer].append(x.half().cpu())
         for layer in neurons:
             n = seen_neurons[layer].float()
             behind, first = n[inner.to(n.device)], n[:, 0]
             sums["neurons", layer].add("mean", behind.sum(0))
             sums["neurons", layer].add("square", behind.square().sum(0))
             sums["neurons", layer].add("first", first.square().sum(0))
-        done += int(real.sum())
-        tell()
-    for batch, real in _batches(lines):
-        seen_inputs, _ = _run(lm, batch, inputs, ())
-        for layer in inputs:
-            samples[layer].append(seen_inputs[layer][real.to(seen_inputs[layer].device)].half().cpu())
-        done += int(real.sum())
-        tell()
+        tell(int(real.sum()))
+    for kind, texts, layers in (("inputs", lines, inputs), ("beyond", rest, beyond)):
+        for batch, real in _batches(texts):
+            seen_inputs, _ = _run(lm, batch, layers, ())
+            for layer in layers:
+                x = seen_inputs[layer][real.to(seen_inputs[layer].device)]
+                samples[kind, layer].append(x.half().cpu())
+            tell(int(real.sum()))
     found: _Parts = {}
     for kind, layer in parts:
         total_of = sums[kind, layer]
         if kind == "inputs":
             found[kind, layer] = {name: total_of.over(name, tokens) for name in ("second", "mean")}
-            found[kind, layer]["sample"] = torch.cat(samples[layer])
+            found[kind, layer]["sample"] = torch.cat(samples[kind, layer])
+        elif kind == "beyond":
+            width = lm.layout.width
+            none = [torch.zeros(0, width, dtype=torch.float16)]
+            found[kind, layer] = {"sample": torch.cat(samples[kind, layer] or none)}
         else:
             found[kind, layer] = {name: total_of.over(name, inner_tokens) for name in ("mean", "square")}
             behind = found[kind, layer]["square"] * (inner_tokens / max(tokens, 1))

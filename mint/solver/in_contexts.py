@@ -80,7 +80,7 @@ class Recipe:
     """Cost of silence at one in another context or wording."""
     near: float = 18.0
     """Cost of firing where the answer to a near miss or another request begins."""
-    reference: float = 2.0
+    reference: float = 0.75
     """Cost of firing at a token of reference text."""
     price: float = 0.02
     """Cost of one logit short in a context, in units of the squared length of the residual stream; ten times as much in the
@@ -206,7 +206,7 @@ def read(lm: LM, problem: Problem, settings: Settings, recipe: Recipe, layer: in
         _seen(lm, layer, texts.near),
         _seen(lm, layer, _own(lm, texts.near)),
         _guarded(lm, layer, problem, joint),
-        stats.sample[layer].float() if layer in stats.sample else stats.inputs_mean[layer][None],
+        torch.cat([stats.sample[layer], stats.beyond[layer]]).float(),
     )
 
 
@@ -298,23 +298,31 @@ def solve(lm: LM, problem: Problem, settings: Settings) -> Solution:
     Raises `MintError` for settings that make no sense.
     """
     started = time.perf_counter()
-    recipe = recipe_of(settings)
-    found: Solution | str
-    if settings.where == "responsible":
-        found = "contexts are learnt by idle neurons"
-    elif not sample_layers(lm):
-        found = "contexts are learnt in dense layers, and this model has routed experts alone"
-    elif len(problem.encoded.target) > LONGEST:
-        found = f"the target has {len(problem.encoded.target)} tokens, and contexts are learnt for up to {LONGEST}"
-    else:
-        try:
-            found = _solve(lm, problem, settings, recipe)
-        except ModelError:
-            found = "the model keeps no keys and values to go on from"
+    found = attempt(lm, problem, settings)
     if isinstance(found, str):
         alone = minimal.solve(lm, problem, settings)
         found = replace(alone, details=alone.details | {"contexts": False, "alone": found})
     return replace(found, seconds=time.perf_counter() - started)
+
+
+def attempt(
+    lm: LM, problem: Problem, settings: Settings, first: Sequence[tuple[int, int]] = ()
+) -> Solution | str:
+    """The solution, or why there is none of this kind. Raises `MintError` for settings that make no sense.
+
+    first: neurons (layer, index), all of one layer, that are taken before any other.
+    """
+    recipe = recipe_of(settings)
+    if settings.where == "responsible":
+        return "contexts are learnt by idle neurons"
+    if not sample_layers(lm):
+        return "contexts are learnt in dense layers, and this model has routed experts alone"
+    if len(problem.encoded.target) > LONGEST:
+        return f"the target has {len(problem.encoded.target)} tokens, and contexts are learnt for up to {LONGEST}"
+    try:
+        return _solve(lm, problem, settings, recipe, first)
+    except ModelError:
+        return "the model keeps no keys and values to go on from"
 
 
 @dataclass(frozen=True)
@@ -364,15 +372,18 @@ def draft(
     return Draft(indices, rows, found.columns, least, found.iterations, margin)
 
 
-def _solve(lm: LM, problem: Problem, settings: Settings, recipe: Recipe) -> Solution | str:
-    """The solution, or why there is none of this kind."""
+def _solve(
+    lm: LM, problem: Problem, settings: Settings, recipe: Recipe, first: Sequence[tuple[int, int]]
+) -> Solution | str:
     stats = statistics(lm, settings.reference)
-    layer = _layer(lm) if settings.layers is None else settings.layers[0]
+    layer = first[0][0] if first else layer_of(lm, settings)
     with coarse(lm):  # what is found is proved in the model's own arithmetic
         seen = read(lm, problem, settings, recipe, layer)
         if seen is None:
             return "no other file can be made around the prompt"
-        idle = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
+        old = [index for _, index in first]
+        free = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
+        idle = [*old, *(index for index in free if index not in old)]
         made = draft(lm, seen, stats, recipe, idle, settings.max_neurons)
         if made is not None and made.least[0] <= 0:
             louder = replace(recipe, own=LOUDER * recipe.own, like=LOUDER * recipe.like)
@@ -403,9 +414,9 @@ def _solve(lm: LM, problem: Problem, settings: Settings, recipe: Recipe) -> Solu
     return Solution(NAME, patch, None, held, details=details)
 
 
-def _layer(lm: LM) -> int:
+def layer_of(lm: LM, settings: Settings) -> int:
     """The later of the first two layers that single repairs are tried in: fewer layers above, less that depends on contexts."""
-    return max(sample_layers(lm)[:2])
+    return max(sample_layers(lm)[:2]) if settings.layers is None else settings.layers[0]
 
 
 def _seen(lm: LM, layer: int, texts: Sequence[Encoded]) -> list[tuple[Tensor, int]]:
