@@ -12,7 +12,7 @@ from mint.rules.contexts import in_other_contexts
 from mint.rules.neuron import habit_of
 from mint.rules.solve import RuleSettings, _before_the_habit, solve_rule
 from mint.solver.bundle import bundle
-from mint.solver.classifier import Examples, fit_constant, fit_direction, make_rows
+from mint.solver.classifier import Examples, fit_constant, fit_direction, fit_level, make_rows
 from mint.solver.problem import margins
 from tests.conftest import same_bits, tiny_lm, weights_of
 
@@ -102,6 +102,27 @@ def test_activation_is_the_same_at_the_typical_fault_and_at_its_mirror():
     x = torch.tensor([[1.0, 1.0], [1.0, 1.5], [1.0, -2.0]])
     n = rows.respond(x, torch.nn.functional.silu)
     assert torch.allclose(n[:2], torch.ones(2), atol=0.01) and abs(float(n[2])) < 1e-3
+
+
+def test_the_level_is_a_ridge_regression_towards_the_even_row():
+    torch.manual_seed(0)
+    x = torch.randn(60, 8) + torch.eye(8)[0]
+    fire, weight = x[:, 1] > 0.5, torch.rand(60) + 0.1
+    examples = Examples(x, fire, weight)
+    direction, constant = fit_direction(examples, silence=0.3, ridge=0.1), torch.eye(8)[0]
+    act = torch.nn.functional.silu
+    even = (2.5 * constant - direction) / 1.5
+
+    def cost(u):
+        n = act(8 * (x @ direction)) / 8
+        return 3 * (u - even).square().sum() + (weight * (n * (x @ u) - fire.float()).square()).sum()
+
+    level = fit_level(examples, direction, constant, 2.5, act, 3.0)
+    at = level.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(cost(at), at)
+    assert float(slope.norm()) < 0.02 * float(cost(even)) and float(cost(level)) < float(cost(even))
+    rows = make_rows(direction, constant, torch.ones(8), 2.5, True, (0.0, 0.0), level)
+    assert torch.allclose(rows.respond(x, act), act(8 * (x @ direction)) / 8 * (x @ level), atol=1e-5)
 
 
 def test_nothing_to_repair_is_said(lm):

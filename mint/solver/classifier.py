@@ -95,6 +95,32 @@ def fit_constant(second: Tensor, mean: Tensor, scale: Tensor, near: Tensor, ridg
     return torch.linalg.solve(matrix.double(), right.double()[:, None])[:, 0].float()
 
 
+def fit_level(
+    examples: Examples,
+    direction: Tensor,
+    constant: Tensor,
+    width: float,
+    act: Callable[[Tensor], Tensor],
+    ridge: float,
+) -> Tensor:
+    """argmin_u ridge |u - even|^2/2 + sum_i weight_i (n_i u.x_i - y_i)^2/2, [d_model]: what a gated neuron multiplies by.
+
+    n_i: what the gate lets through; y_i: 1 where the neuron should fire, else 0. So it is as loud at every fault that was
+    learnt, and less so where the gate errs. even: the direction of `make_rows` for this width, which costs nothing.
+    """
+    even = _even(direction, constant, width)
+    n = act(STEEP * (examples.x @ direction)) / STEEP
+    heard = n.abs() > 1e-3
+    x, weight = examples.x[heard] * n[heard, None], examples.weight[heard]
+    left = (x.T * weight) @ x + ridge * torch.eye(len(even))
+    right = (x.T * weight) @ examples.fire[heard].float() + ridge * even
+    return torch.linalg.solve(left, right[:, None])[:, 0]
+
+
+def _even(direction: Tensor, constant: Tensor, width: float) -> Tensor:
+    return (width * constant - direction) / (width - 1)
+
+
 def make_rows(
     direction: Tensor,
     constant: Tensor,
@@ -102,18 +128,19 @@ def make_rows(
     width: float,
     gated: bool,
     bias: tuple[float, float] = (0.0, 0.0),
+    level: Tensor | None = None,
 ) -> InputRows:
     """Rows for raw inputs, from directions for scaled ones: activation f (w - f) / (w - 1) above 0, f in a plain block.
 
     f = direction.x is 1 at a typical fault. width: w > 1; the activation is the same at f = 1 and f = w - 1 and highest
     between, so that it hardly depends on how surely a fault is recognised. bias: what the neuron's own biases add to gate.x
-    and up.x; taken back along the constant.
+    and up.x; taken back along the constant. level: the activation is f level.x instead, see `fit_level`.
     """
     gate = (STEEP * direction - bias[0] * constant) / scale
     if not gated:
         return InputRows(gate, None, STEEP, bias)
-    up = (width * constant - direction) / (width - 1) / STEEP - bias[1] * constant
-    return InputRows(gate, up / scale, 1.0, bias)
+    level = _even(direction, constant, width) if level is None else level
+    return InputRows(gate, (level / STEEP - bias[1] * constant) / scale, 1.0, bias)
 
 
 def activation(

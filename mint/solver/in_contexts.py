@@ -27,7 +27,7 @@ from mint.patch import Patch, applied, identity, versions
 from mint.reference import Statistics, idle_order, other_places, sample_layers, statistics
 from mint.solver import solve as minimal
 from mint.solver.bundle import Bundle, bundle
-from mint.solver.classifier import Examples, fit_constant, fit_direction, make_rows
+from mint.solver.classifier import Examples, fit_constant, fit_direction, fit_level, make_rows
 from mint.solver.inputs import block_inputs
 from mint.solver.joint import Demand, fit, lost
 from mint.solver.problem import Problem, Settings, Solution, case_key
@@ -56,6 +56,8 @@ LONGEST = 40
 """Most tokens of a target that is learnt in contexts: the work grows with their square, and the neuron's room is shared."""
 WIDTH = 2.5
 """The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_rows`."""
+LEVEL = 0.3
+"""How strongly what a gated neuron multiplies by is held to that, over d_model; see `fit_level`."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,9 @@ def _rows(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe
     )
     direction = fit_direction(examples, silence=recipe.silence, ridge=recipe.ridge * len(scale))
     constant = fit_constant(stats.inputs_second[layer], stats.inputs_mean[layer], scale, fires / scale)
-    return make_rows(direction, constant, scale, WIDTH, lm.block(layer).gated, own_bias(lm, layer, index))
+    gated, act = lm.block(layer).gated, lm.layout.act(layer)
+    level = fit_level(examples, direction, constant, WIDTH, act, LEVEL * len(scale)) if gated else None
+    return make_rows(direction, constant, scale, WIDTH, gated, own_bias(lm, layer, index), level)
 
 
 # ---------------------------------------------------------------------- the whole
