@@ -56,8 +56,6 @@ LONGEST = 40
 """Most tokens of a target that is learnt in contexts: the work grows with their square, and the neuron's room is shared."""
 WIDTH = 2.5
 """The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_rows`."""
-LEVEL = 0.3
-"""How strongly what a gated neuron multiplies by is held to that, over d_model; see `fit_level`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ class Recipe:
     """Cost of firing where the answer to a near miss or another request begins."""
     reference: float = 0.75
     """Cost of firing at a token of reference text."""
+    level: float | None = 0.3
+    """How strongly what a gated neuron multiplies by is held to the even row, over d_model; None: it is that row."""
     price: float = 0.02
     """Cost of one logit short in a context, in units of the squared length of the residual stream; ten times as much in the
     prompt itself."""
@@ -268,7 +268,9 @@ def _rows(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe
     direction = fit_direction(examples, silence=recipe.silence, ridge=recipe.ridge * len(scale))
     constant = fit_constant(stats.inputs_second[layer], stats.inputs_mean[layer], scale, fires / scale)
     gated, act = lm.block(layer).gated, lm.layout.act(layer)
-    level = fit_level(examples, direction, constant, WIDTH, act, LEVEL * len(scale)) if gated else None
+    level = None
+    if gated and recipe.level is not None:
+        level = fit_level(examples, direction, constant, WIDTH, act, recipe.level * len(scale))
     return make_rows(direction, constant, scale, WIDTH, gated, own_bias(lm, layer, index), level)
 
 
@@ -389,9 +391,10 @@ def _solve(
         free = idle_order(lm, stats, layer, case_key(problem.case), problem.used)
         idle = [*old, *(index for index in free if index not in old)]
         made = draft(lm, seen, stats, recipe, idle, settings.max_neurons)
-        if made is not None and made.least[0] <= 0:
-            louder = replace(recipe, own=LOUDER * recipe.own, like=LOUDER * recipe.like)
-            made = draft(lm, seen, stats, louder, idle, settings.max_neurons, made.columns)
+        louder = replace(recipe, own=LOUDER * recipe.own, like=LOUDER * recipe.like)
+        for other in (louder, replace(louder, level=None)):
+            if made is not None and made.least[0] <= 0:
+                made = draft(lm, seen, stats, other, idle, settings.max_neurons, made.columns)
     if made is None or made.least[0] <= 0:
         return "no edit for all contexts writes the prompt itself"
     edits = tuple(
