@@ -36,7 +36,7 @@ from mint.model.lm import LM
 from mint.model.loading import BUILTIN, load_lm
 from mint.reference import sample_layers, statistics
 from mint.reference.moments import LINE_TOKENS, PASSAGE_TOKENS
-from mint.solver import DEFAULT, SOLVERS
+from mint.solver import DEFAULT, SOLVERS, in_contexts
 from mint.solver.baselines import lora
 from mint.solver.problem import Problem, Settings
 
@@ -121,7 +121,10 @@ def measure(options: argparse.Namespace) -> dict:
     layers = sample_layers(lm)
     found: dict = {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch."), "weights": weights}
     found |= {"limit": limit, "load": load, "multiplications": multiplications(lm)}
-    found["statistics"] = timed(lambda: statistics(lm, cache=False).measure(layers, layers))[1:]
+    stats = statistics(lm, cache=False)
+    found["statistics"] = timed(lambda: stats.measure(layers, layers))[1:]
+    if options.solver == in_contexts.NAME:
+        found["beyond"] = timed(lambda: stats.measure((), (), [in_contexts.layer_of(lm, Settings())]))[1:]
     own = [SHORT] if options.shape else [CASE]
     cases = own if options.cases is None else load_cases(options.cases)
     wishes = session.Wishes(contexts=False, effects=False)
@@ -182,6 +185,7 @@ def row(found: dict) -> dict[str, str]:
         "load, s (CPU s)": seconds("load"),
         "statistics, once": seconds("statistics"),
         "statistics, GFLOP by formula / CPU s": f"{rate:.0f}",
+        "more text for contexts, once": seconds("beyond"),
         "first repair, proof included": seconds("first repair"),
         f"repair, median of {found['cases']}": seconds("repair"),
         "solved": f"{found['solved']} of {found['cases']}",
