@@ -60,10 +60,10 @@ class Statistics:
     """E[n^2], [d_ff] a layer, over all tokens, the first ones too: what is lost where the neuron is overwritten."""
     sample: Mapping[int, Tensor]
     """Single block inputs, layer -> [tokens, d_model] float16: those of the passages, then those of the single lines."""
-    beyond: Mapping[int, Tensor]
-    """The same of all other text that ships: for a gate that has to be silent on text that nobody wrote down. One more pass."""
     key: str
     """SHA-256 of all that the statistics depend on."""
+    beyond: Mapping[int, Tensor] = field(default_factory=dict)
+    """As `sample`, of all other text that ships: for a gate that has to be silent on text that nobody wrote down. One more pass."""
     measure: "Measure" = field(default=lambda *_: None, repr=False, compare=False)
     """measure(inputs, neurons, beyond): have the inputs of some layers, the neurons of some (None: all) and the other text's
     inputs of some (default: none), in one pass."""
@@ -164,8 +164,8 @@ def statistics(
         neurons_square=field_of("neurons", "square"),
         neurons_energy=field_of("neurons", "energy"),
         sample=_Rows(field_of("inputs", "sample")),
-        beyond=_Rows(field_of("beyond", "sample")),
         key=known.key,
+        beyond=_Rows(field_of("beyond", "sample")),
         measure=measure,
     )
 
