@@ -59,6 +59,7 @@ def unembedding(lm: LM, as_tuple: int) -> Iterator[Callable[[Tensor], Tensor]]:
             handle.remove()
 
 
-def logit_rows(lm: LM) -> int:
-    """How many rows of logits `BYTES` hold."""
-    return max(1, int(BYTES / 4 / lm.embedding.shape[0]))
+def logit_parts(lm: LM, rows: int) -> list[slice]:
+    """So many rows in parts, of each of which `BYTES` hold the logits."""
+    most = max(1, int(BYTES / 4 / lm.embedding.shape[0]))
+    return [slice(start, start + most) for start in range(0, rows, most)]

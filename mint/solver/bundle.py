@@ -6,7 +6,7 @@ nothing about how a neuron comes to fire, or about constraints.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint.model.head import logit_rows, only_read, unembedding
+from mint.model.head import logit_parts, only_read, unembedding
 from mint.model.hooks import record, record_block_inputs
 from mint.model.lm import LM, Encoded
 from mint.model.suffix import kept_cache, kept_prefix, new_cache, record_states, start_at
@@ -95,7 +95,7 @@ class Bundle:
             write = writes.clone().requires_grad_()
             reads = self._reads(write)
             # The unembedding is wide: it is gone through apart from the layers, a few rows at a time.
-            margin, by_read = soft_gradients(self.lm, reads.detach(), self.accepted(), self.as_tuple)
+            margin, by_read = soft_gradients(self.lm, reads, self.accepted(), self.as_tuple)
             found[self.real] = margin
             want = want & self.real & (found < below)
             asked, columns = want[self.real], self.real.nonzero()[:, 1]
@@ -188,32 +188,24 @@ def accepted_margins(logits: Tensor, accepted: Sequence[Tensor]) -> tuple[Tensor
 @torch.no_grad()
 def head_margins(lm: LM, reads: Tensor, accepted: Sequence[Tensor], as_tuple: int) -> Tensor:
     """`accepted_margins` [2, n], on the CPU, of what enters the unembedding, [n, width]."""
-    found = [
-        torch.stack(accepted_margins(logits, accepted[part])).cpu()
-        for part, logits in _by_parts(lm, reads, as_tuple)
-    ]
+    with unembedding(lm, as_tuple) as logits:
+        found = [
+            torch.stack(accepted_margins(logits(reads[part]), accepted[part])).cpu()
+            for part in logit_parts(lm, len(reads))
+        ]
     return torch.cat(found, 1)
 
 
 def soft_gradients(lm: LM, reads: Tensor, accepted: Sequence[Tensor], as_tuple: int) -> tuple[Tensor, Tensor]:
     """Margins [n] over the soft maximum, on the CPU, and the gradient [n, width] of each by what enters the unembedding."""
     found, gradients = [], []
-    with torch.enable_grad():
-        reads = reads.detach().requires_grad_()
-        for part, logits in _by_parts(lm, reads, as_tuple):
-            margin = accepted_margins(logits, accepted[part])[1]
-            gradients.append(torch.autograd.grad(margin.sum(), reads)[0][part])
+    with unembedding(lm, as_tuple) as logits, torch.enable_grad():
+        for part in logit_parts(lm, len(reads)):
+            read = reads[part].detach().requires_grad_()
+            margin = accepted_margins(logits(read), accepted[part])[1]
+            gradients += torch.autograd.grad(margin.sum(), read)
             found.append(margin.detach().cpu())
     return torch.cat(found), torch.cat(gradients)
-
-
-def _by_parts(lm: LM, reads: Tensor, as_tuple: int) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows of `reads`, and their logits: a few at a time."""
-    rows = logit_rows(lm)
-    with unembedding(lm, as_tuple) as logits:
-        for start in range(0, len(reads), rows):
-            part = slice(start, start + rows)
-            yield part, logits(reads[part])
 
 
 def _endings(lm: LM, texts: Sequence[Encoded]) -> dict[int, Tensor]:
@@ -269,10 +261,10 @@ def bundle(lm: LM, texts: Sequence[Encoded], layers: Sequence[int], exact: bool 
             if token in endings:
                 alone[int(end)] = endings[token]
         parts = []
-        for part, logits in _by_parts(lm, reads[0], as_tuple):
-            parts.append(
-                torch.stack([*accepted_margins(logits, alone[part]), logits.amax(1) - logits.mean(1)])
-            )
+        with unembedding(lm, as_tuple) as logits:
+            for part in logit_parts(lm, len(reads[0])):
+                x = logits(reads[0][part])
+                parts.append(torch.stack([*accepted_margins(x, alone[part]), x.amax(1) - x.mean(1)]))
         margins, softs, above = torch.cat(parts, 1).cpu()
         spread += len(batch) * float(above.mean())
         at = 0
