@@ -6,6 +6,7 @@ on CPUs unless MPI is there, whatever N says. Without a launcher everything here
 Knows nothing about cases.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,5 +73,9 @@ def team() -> Team:
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # Processes exchange rows, not tensors: gloo does that with and without GPUs.
     cpu = wanted or not torch.cuda.is_available()
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     state = PartialState(cpu=cpu, backend="gloo", timeout=_WAIT)
+    if not joined:
+        # A thread of gloo's that is still at work while the interpreter shuts down aborts the process, after its last row.
+        atexit.register(state.destroy_process_group)
     return Team(state.process_index, state.num_processes, state.local_process_index)
