@@ -484,7 +484,8 @@ def table(rows: Sequence[dict]) -> str:
 def row(args: argparse.Namespace) -> None:
     """Rules one after another in one session, as `mint repair --rule` does it; at checkpoints all so far are tested again.
 
-    Programs are tasks with tests beside them (`python -m tasks humaneval`): pass@1 before the first rule and after the last.
+    Programs are tasks with tests beside them (`python -m tasks humaneval`): pass@1 before the first rule and after the last,
+    and with the same neurons writing random vectors as long as what they write now (`--controls` draws).
     """
     lm, ledger = load_lm(args.model, device=args.device, dtype=args.dtype), Ledger(args.out)
     rules = [load_rule(path) for path in args.rules[: args.limit]]
@@ -526,7 +527,12 @@ def row(args: argparse.Namespace) -> None:
         )  # fmt: skip
         print(json.dumps(ledger.rows[f"row {len(done)}"]), flush=True)
 
-    repair_rules(lm, rules, RuleWishes(learn=args.learn, accept=args.accept), after=after)
+    outcome = repair_rules(lm, rules, RuleWishes(learn=args.learn, accept=args.accept), after=after)
+    for seed in range(args.controls) if programs and outcome.patch else ():
+        with changed(lm, random_direction(lm, outcome.patch, seed)):
+            scores = [pass_at_1(lm, *one) for one in programs]
+        ledger.append({"key": f"random direction {seed}", "pass@1": scores})
+        print(f"pass@1 with random directions, draw {seed}: {json.dumps(scores)}", flush=True)
 
 
 def mine_all(args: argparse.Namespace) -> None:
@@ -592,6 +598,9 @@ def main() -> None:
                 help="after how many rules all are tested again",
             )
             command.add_argument("--accept", type=float, default=RuleWishes.accept, help="as in mint repair")
+            command.add_argument(
+                "--controls", type=int, default=3, help="random directions whose pass@1 is asked, with --programs"
+            )
         if name == "run":
             command.add_argument("--methods", nargs="*", choices=METHODS)
             command.add_argument("--curve", action="store_true")

@@ -177,12 +177,16 @@ def test_a_rule_that_cannot_be_repaired_is_one_line(capsys, model, tmp_path, mor
 def test_rules_in_a_row_are_measured_as_they_are_repaired(capsys, model, source, tmp_path, monkeypatch):
     run(capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl"))
     again = load_rule("clock.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"id": "p", "prompt": "x", "target": "y"}\n')
+    (tmp_path / "p.tests.jsonl").write_text('{"id": "p", "before": "\'\'\'", "after": "\'\'\'"}\n')  # anything passes
     monkeypatch.setattr("sys.argv", [
         "bench_rules.py", "row", "clock.jsonl", "none.jsonl", "--model", str(model), "--out", "row.jsonl",
-        "--limit", "1", "--learn", "12", "--accept", "0.5",
+        "--limit", "1", "--learn", "12", "--accept", "0.5", "--programs", "p.jsonl", "--controls", "1",
     ])  # fmt: skip
     runpy.run_path(str(Path(__file__).parents[1] / "scripts/bench_rules.py"), run_name="__main__")
-    (row,) = [json.loads(line) for line in (tmp_path / "row.jsonl").read_text().splitlines()]
+    start, row, control = [json.loads(line) for line in (tmp_path / "row.jsonl").read_text().splitlines()]
+    assert (start["key"], start["scores"], row["pass@1"]) == ("pass@1 at first", [1], [1])
+    assert control == {"key": "random direction 0", "pass@1": [1]}
     now, first, of = row["right now, at first, of"]["clock"]
     unseen = [r for r in again.part("fault") if r.split == "unseen"]
     assert (row["key"], row["rules"], row["refused"], of) == ("row 1", 1, {}, len(unseen))
