@@ -306,6 +306,10 @@ class Session:
             neurons_of(self.wishes.applied) | self.stack.used,
         )
 
+    def others(self, case: Case) -> tuple[Encoded, ...]:
+        """The admitted cases that want another text than this one does."""
+        return tuple(encoded for other, encoded in self._admitted.values() if other.target != case.target)
+
     # ------------------------------------------------------------------ one job
 
     def attempt(self, job: Job) -> Attempt:
@@ -507,7 +511,14 @@ class _CaseJob:
         self.timing: dict[str, float] = {}
 
     def solve(self, lm: LM, protected: Protected) -> Solution:
-        self.problem = Problem(self.case, self.encoded, protected.keep, protected.earlier, protected.used)
+        self.problem = Problem(
+            self.case,
+            self.encoded,
+            protected.keep,
+            protected.earlier,
+            protected.used,
+            self.session.others(self.case),
+        )
         with torch.no_grad():
             self.found["tokens"] = tuple(lm.decode([t]) for t in self.encoded.target)
             self.found["margins_before"] = tuple(margins(lm, self.encoded).tolist())

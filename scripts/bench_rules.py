@@ -599,7 +599,10 @@ def main() -> None:
             )
             command.add_argument("--accept", type=float, default=RuleWishes.accept, help="as in mint repair")
             command.add_argument(
-                "--controls", type=int, default=3, help="random directions whose pass@1 is asked, with --programs"
+                "--controls",
+                type=int,
+                default=3,
+                help="random directions whose pass@1 is asked, with --programs",
             )
         if name == "run":
             command.add_argument("--methods", nargs="*", choices=METHODS)

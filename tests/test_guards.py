@@ -201,3 +201,17 @@ def test_the_keep_of_the_wishes_guards_other_jobs_too(lm):
         pytest.skip("this edit changes none of the prompts")
     with Session(lm, Wishes(keep=(moved[0],)), lambda *_: None) as session:
         assert session.attempt(Damage(PLACES[0])).reason.startswith("the edit breaks keep")
+
+
+def test_a_session_knows_which_cases_want_another_text(lm):
+    cases = [Case(str(k), f"# {k}\n", target) for k, target in enumerate(("a\n", "b\n", "a\n"))]
+    asked = []
+    with Session(
+        lm, Wishes(stop="none", protect=False), lambda _, p, __: asked.append(p) or Solution("none", None)
+    ) as session:
+        session.admit(cases)
+        for case in cases:
+            session.repair(case)
+    assert [p.others for p in asked] == [
+        tuple(lm.encode(cases[k], "none") for k in ks) for ks in ([1], [0, 2], [1])
+    ]

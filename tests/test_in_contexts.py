@@ -94,6 +94,24 @@ def test_the_first_neuron_takes_the_first_token_alone_and_indentation_goes_with_
     assert shares(joint, fire, 1) == [fire]
 
 
+def test_other_cases_of_the_run_are_read_with_what_they_are_to_write(lm, monkeypatch):
+    layer, asked = (
+        in_contexts.layer_of(lm, Settings()),
+        ("# reverse x\n", "# empty the list\n", "# copy it\n"),
+    )
+    others = tuple(lm.encode(Case(p, p, "y = x\n"), "none") for p in asked)
+    own = []
+    for beside in ((), others):
+        problem = Problem(CASE, lm.encode(CASE, "none"), others=beside)
+        own.append(in_contexts.read(lm, problem, Settings(), recipe_of(Settings()), layer).own)
+    for expected in in_contexts._seen(lm, layer, others):
+        assert any(expected[1] == start and torch.allclose(expected[0], x, atol=1e-5) for x, start in own[1])
+    assert len(own[1]) == len(own[0]) + len(others)
+    monkeypatch.setattr(in_contexts, "OTHERS", sum(len(e.ids) for e in others) - 1)
+    drawn = in_contexts._others(problem)
+    assert len(set(drawn)) == 2 and drawn == in_contexts._others(problem)
+
+
 def test_the_dial_moves_margin_price_and_near_misses_together():
     low, high = recipe_of(Settings(generalize=0.0)), recipe_of(Settings(generalize=1.0))
     assert low.margin < high.margin and low.near > high.near and low.price < high.price

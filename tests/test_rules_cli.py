@@ -178,7 +178,9 @@ def test_rules_in_a_row_are_measured_as_they_are_repaired(capsys, model, source,
     run(capsys, *mine_args(model, source, "--limit", 30, "--name", "clock", "--out", "clock.jsonl"))
     again = load_rule("clock.jsonl")
     (tmp_path / "p.jsonl").write_text('{"id": "p", "prompt": "x", "target": "y"}\n')
-    (tmp_path / "p.tests.jsonl").write_text('{"id": "p", "before": "\'\'\'", "after": "\'\'\'"}\n')  # anything passes
+    (tmp_path / "p.tests.jsonl").write_text(
+        '{"id": "p", "before": "\'\'\'", "after": "\'\'\'"}\n'
+    )  # anything passes
     monkeypatch.setattr("sys.argv", [
         "bench_rules.py", "row", "clock.jsonl", "none.jsonl", "--model", str(model), "--out", "row.jsonl",
         "--limit", "1", "--learn", "12", "--accept", "0.5", "--programs", "p.jsonl", "--controls", "1",

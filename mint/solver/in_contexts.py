@@ -8,9 +8,11 @@ repairs the prompt and nothing around it.
 """
 
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,6 +48,8 @@ FORCED = 0.1
 """Cost of firing at later tokens of the target behind another prompt."""
 EXTRA = 8
 """Tokens beyond the length of the target for which the model's own text behind a near miss is to stay."""
+OTHERS = 6000
+"""Tokens of other cases of the same run that a gate learns to be silent at, at most: time and memory grow with them."""
 OWN_PRICE = 10.0
 """What a logit short in the prompt itself costs, against one in a context."""
 REACHABLE = 0.4
@@ -190,7 +194,7 @@ class Reading:
     near: list[tuple[Tensor, int]]
     """With the target forced behind them."""
     own: list[tuple[Tensor, int]]
-    """The same prompts with what the model writes there."""
+    """The same prompts with what the model writes there, and other cases of the run with what it is to write there."""
     guarded: Tensor
     sample: Tensor
 
@@ -206,7 +210,7 @@ def read(lm: LM, problem: Problem, settings: Settings, recipe: Recipe, layer: in
         joint,
         _seen(lm, layer, texts.more),
         _seen(lm, layer, texts.near),
-        _seen(lm, layer, _own(lm, texts.near)),
+        _seen(lm, layer, [*_own(lm, texts.near), *_others(problem)]),
         _guarded(lm, layer, problem, joint),
         torch.cat([stats.sample[layer], stats.beyond[layer]]).float(),
     )
@@ -223,6 +227,14 @@ def _own(lm: LM, near: Sequence[Encoded]) -> list[Encoded]:
             Encoded(near[i].prompt, tuple(ids)) for i, ids in zip(batch, written, strict=True) if len(ids)
         ]
     return found
+
+
+def _others(problem: Problem) -> list[Encoded]:
+    """Other cases, as many as `OTHERS` tokens hold; the same ones for the same case."""
+    order = list(problem.others)
+    random.Random(case_key(problem.case)).shuffle(order)
+    tokens = accumulate(len(encoded.ids) for encoded in order)
+    return [encoded for encoded, so_far in zip(order, tokens, strict=True) if so_far <= OTHERS]
 
 
 def _rows(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe, index: int) -> InputRows:

@@ -54,6 +54,8 @@ class Problem:
     """Earlier repairs of the same model: they must still hold."""
     used: frozenset[tuple[int, int]] = frozenset()
     """(layer, index) of neurons that earlier repairs rewrote; not to be used again."""
+    others: tuple[Encoded, ...] = ()
+    """Other cases of the same run, repaired or not: none of them is to be answered with this target."""
 
 
 def case_key(case: Case) -> str:
