@@ -10,11 +10,12 @@ from mint.case import Case
 from mint.errors import MintError
 from mint.reference import moments
 from mint.reference.texts import passages
-from mint.solver import in_contexts, variants
+from mint.solver import in_contexts, reading, variants
 from mint.solver.bundle import bundle
-from mint.solver.in_contexts import recipe_of, shares
+from mint.solver.in_contexts import shares
 from mint.solver.joint import Demand, cost, fit
 from mint.solver.problem import Problem, Settings, Solution
+from mint.solver.recipe import recipe_of
 from tests.conftest import tiny_lm
 
 CASE = Case("a", "# sort the first list\n", "x.sort()\n")
@@ -103,13 +104,13 @@ def test_other_cases_of_the_run_are_read_with_what_they_are_to_write(lm, monkeyp
     own = []
     for beside in ((), others):
         problem = Problem(CASE, lm.encode(CASE, "none"), others=beside)
-        own.append(in_contexts.read(lm, problem, Settings(), recipe_of(Settings()), layer).own)
-    for expected in in_contexts._seen(lm, layer, others):
+        own.append(reading.read(lm, problem, Settings(), recipe_of(Settings()), layer).own)
+    for expected in reading._seen(lm, layer, others):
         assert any(expected[1] == start and torch.allclose(expected[0], x, atol=1e-5) for x, start in own[1])
     assert len(own[1]) == len(own[0]) + len(others)
-    monkeypatch.setattr(in_contexts, "OTHERS", sum(len(e.ids) for e in others) - 1)
-    drawn = in_contexts._others(problem)
-    assert len(set(drawn)) == 2 and drawn == in_contexts._others(problem)
+    monkeypatch.setattr(reading, "OTHERS", sum(len(e.ids) for e in others) - 1)
+    drawn = reading._others(problem)
+    assert len(set(drawn)) == 2 and drawn == reading._others(problem)
 
 
 def test_the_dial_moves_margin_price_and_near_misses_together():

@@ -7,34 +7,28 @@ programme over all contexts (joint.py). Where the edit does not write the prompt
 repairs the prompt and nothing around it.
 """
 
-import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from mint import prompts
-from mint.batches import alike
-from mint.case import Case
-from mint.errors import CaseError, MintError, ModelError
+from mint.errors import ModelError
 from mint.guards import first_broken
-from mint.model.lm import LM, Encoded
+from mint.model.lm import LM
 from mint.model.margins import margins
 from mint.model.precision import coarse
 from mint.patch import Patch, applied, identity, versions
 from mint.reference import Statistics, idle_order, other_places, sample_layers, statistics
 from mint.solver import solve as minimal
-from mint.solver.bundle import Bundle, bundle
+from mint.solver.bundle import Bundle
 from mint.solver.classifier import Examples, fit_constant, fit_direction, fit_level, make_rows
-from mint.solver.inputs import block_inputs
 from mint.solver.joint import Demand, fit, lost
 from mint.solver.problem import Problem, Settings, Solution, case_key
+from mint.solver.reading import Reading, read
+from mint.solver.recipe import Recipe, recipe_of
 from mint.solver.rows import InputRows, own_bias, rewrite
-from mint.solver.variants import contexts, wordings
 
 NAME = "contexts"
 FIRE_BELOW = 0.5
@@ -46,10 +40,6 @@ OPENING = 3
 """First tokens of the target behind which, typed elsewhere, the rest is not to follow."""
 FORCED = 0.1
 """Cost of firing at later tokens of the target behind another prompt."""
-EXTRA = 8
-"""Tokens beyond the length of the target for which the model's own text behind a near miss is to stay."""
-OTHERS = 6000
-"""Tokens of other cases of the same run that a gate learns to be silent at, at most: time and memory grow with them."""
 OWN_PRICE = 10.0
 """What a logit short in the prompt itself costs, against one in a context."""
 REACHABLE = 0.4
@@ -60,98 +50,6 @@ LONGEST = 40
 """Most tokens of a target that is learnt in contexts: the work grows with their square, and the neuron's room is shared."""
 WIDTH = 2.5
 """The activation is the same where the classifier says 1 and 1.5, and hardly larger between; see `make_rows`."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The dial in numbers, see docs/contexts.md."""
-
-    margin: float = 4.0
-    """Logits by which every target token must lead, in every context."""
-    silence: float = 0.5
-    """How far below the firing threshold other inputs are pulled."""
-    ridge: float = 0.087
-    """Softness of the classifier's margin: its ridge over d_model."""
-    places: int = 9
-    """Contexts that the columns are fitted to, beside the prompt itself."""
-    words: int = 3
-    """Wordings that they are fitted to."""
-    loose: int = 3
-    """Rephrasings made from the prompt that the gate learns."""
-    own: float = 10.0
-    """Cost of silence at a wrong place of the prompt itself."""
-    like: float = 3.0
-    """Cost of silence at one in another context or wording."""
-    near: float = 18.0
-    """Cost of firing where the answer to a near miss or another request begins."""
-    reference: float = 0.75
-    """Cost of firing at a token of reference text."""
-    level: float | None = 0.3
-    """How strongly what a gated neuron multiplies by is held to the even row, over d_model; None: it is that row."""
-    price: float = 0.02
-    """Cost of one logit short in a context, in units of the squared length of the residual stream; ten times as much in the
-    prompt itself."""
-
-
-def recipe_of(settings: Settings) -> Recipe:
-    """The recipe for `settings.generalize` (0 to 1) and `settings.margin`. Raises `MintError` for others."""
-    dial = settings.generalize
-    if not 0 <= dial <= 1:
-        raise MintError(
-            f"generalize must lie between 0 and 1, found {dial}; 0 changes least, 1 carries over most"
-        )
-    if settings.margin is not None and not 0 < settings.margin < math.inf:
-        raise MintError(
-            f"margin must be a positive number of logits, found {settings.margin}; the default is 4"
-        )
-    found = Recipe(
-        margin=2.0 + 4.0 * dial,
-        near=6.0 * 9.0 ** (1 - dial),
-        loose=round(6 * dial),
-        price=0.02 * 10 ** (2 * dial - 1),
-    )
-    return found if settings.margin is None else replace(found, margin=settings.margin)
-
-
-# ---------------------------------------------------------------------- what is learnt from
-
-
-@dataclass(frozen=True)
-class _Texts:
-    joint: list[Encoded]
-    """The prompt itself first; then the contexts and wordings that the columns are fitted to."""
-    more: list[Encoded]
-    """Contexts and wordings that only the gates learn."""
-    near: list[Encoded]
-    """Negative prompts (near misses and other requests) with the target forced behind them."""
-
-
-def _encode(lm: LM, cases: Sequence[Case], like: Encoded) -> list[Encoded]:
-    """The cases as ids, stopped as the case itself is; what does not fit is left out."""
-    found = []
-    for case in cases:
-        try:
-            one = lm.encode(case, "none")
-        except CaseError:
-            continue
-        stop = like.target[len(like.target) - like.n_stop :]
-        if len(one.ids) + len(stop) <= lm.context:
-            found.append(replace(one, target=(*one.target, *stop), n_stop=like.n_stop))
-    return found
-
-
-def _texts(lm: LM, problem: Problem, settings: Settings, recipe: Recipe) -> _Texts:
-    case, chat = problem.case, lm.template is not None
-    places = _encode(lm, contexts(case, chat=chat), problem.encoded)
-    words = _encode(lm, wordings(case, recipe.loose, chat=chat, seed=settings.seed), problem.encoded)
-    if settings.learn_rephrasings:
-        words = _encode(lm, [replace(case, prompt=p) for p in case.rephrasings], problem.encoded) + words
-    near = prompts.near_misses(case, "learn", exchanges=10, intents=6, chat=chat, seed=settings.seed)
-    return _Texts(
-        [problem.encoded, *places[: recipe.places], *words[: recipe.words]],
-        [*places[recipe.places :], *words[recipe.words :]],
-        _encode(lm, [replace(case, prompt=p) for p in near], problem.encoded),
-    )
 
 
 # ---------------------------------------------------------------------- when it fires
@@ -183,58 +81,6 @@ def _spread(fire: Tensor, real: Tensor) -> Tensor:
     """The places [n] in other texts, [b, m]."""
     at = _from_end(real, len(fire))
     return real & (at >= 0) & fire[at.clamp(0, len(fire) - 1)]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One layer at everything that is learnt from. Texts are inputs [tokens, d_model] and how many come before the target."""
-
-    joint: Bundle
-    more: list[tuple[Tensor, int]]
-    near: list[tuple[Tensor, int]]
-    """With the target forced behind them."""
-    own: list[tuple[Tensor, int]]
-    """The same prompts with what the model writes there, and other cases of the run with what it is to write there."""
-    guarded: Tensor
-    sample: Tensor
-
-
-def read(lm: LM, problem: Problem, settings: Settings, recipe: Recipe, layer: int) -> Reading | None:
-    """All forwards of the clean model that the solver needs; None where the prompt has no other context."""
-    texts = _texts(lm, problem, settings, recipe)
-    if len(texts.joint) < 2:
-        return None
-    stats = statistics(lm, settings.reference)
-    joint = bundle(lm, texts.joint, [layer], exact=True)[layer]
-    return Reading(
-        joint,
-        _seen(lm, layer, texts.more),
-        _seen(lm, layer, texts.near),
-        _seen(lm, layer, [*_own(lm, texts.near), *_others(problem)]),
-        _guarded(lm, layer, problem, joint),
-        torch.cat([stats.sample[layer], stats.beyond[layer]]).float(),
-    )
-
-
-def _own(lm: LM, near: Sequence[Encoded]) -> list[Encoded]:
-    """Prompts with what the model itself writes behind them, across line ends."""
-    found = []
-    for batch in alike([len(t.prompt) for t in near], 2048):
-        count = max(len(near[i].target) for i in batch) + EXTRA
-        room = min(count, lm.context - max(len(near[i].prompt) for i in batch))
-        written = lm.generate([near[i].prompt for i in batch], room) if room > 0 else [[]] * len(batch)
-        found += [
-            Encoded(near[i].prompt, tuple(ids)) for i, ids in zip(batch, written, strict=True) if len(ids)
-        ]
-    return found
-
-
-def _others(problem: Problem) -> list[Encoded]:
-    """Other cases, as many as `OTHERS` tokens hold; the same ones for the same case."""
-    order = list(problem.others)
-    random.Random(case_key(problem.case)).shuffle(order)
-    tokens = accumulate(len(encoded.ids) for encoded in order)
-    return [encoded for encoded, so_far in zip(order, tokens, strict=True) if so_far <= OTHERS]
 
 
 def _rows(lm: LM, seen: Reading, stats: Statistics, fire: Tensor, recipe: Recipe, index: int) -> InputRows:
@@ -436,21 +282,6 @@ def _solve(
 def layer_of(lm: LM, settings: Settings) -> int:
     """The later of the first two layers that single repairs are tried in: fewer layers above, less that depends on contexts."""
     return max(sample_layers(lm)[:2]) if settings.layers is None else settings.layers[0]
-
-
-def _seen(lm: LM, layer: int, texts: Sequence[Encoded]) -> list[tuple[Tensor, int]]:
-    found = []
-    ordered = sorted(texts, key=lambda t: len(t.ids))
-    for k in range(0, len(ordered), 8):
-        part = ordered[k : k + 8]
-        inputs = block_inputs(lm, layer, [t.ids[:-1] for t in part])
-        found += [(x, len(t.prompt) - 1) for x, t in zip(inputs, part, strict=True)]
-    return found
-
-
-def _guarded(lm: LM, layer: int, problem: Problem, joint: Bundle) -> Tensor:
-    guards = [*problem.keep, *problem.earlier]
-    return torch.cat([joint.inputs[0, :0], *(x for x, _ in _seen(lm, layer, guards))])
 
 
 def _holds(lm: LM, problem: Problem, patch: Patch) -> float | None:
