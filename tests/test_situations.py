@@ -855,6 +855,7 @@ def in_fp8(folder: Path, block: int = 16) -> dict[str, torch.Tensor]:
             after[key.replace(".weight", ".weight_scale_inv")] = scale
     save_file({k: v.contiguous() for k, v in after.items()}, folder / "model.safetensors", {"format": "pt"})
     how = {"activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [block, block]}
+    how["modules_to_not_convert"] = ["lm_head", "model.layers.0.mlp.gate"]
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"} | how, dtype="bfloat16")
     return before
 
@@ -875,6 +876,44 @@ def test_float8_with_scales_is_refused_and_the_advice_works(tmp_path, family, mo
         before["model.layers.1.self_attn.v_proj.weight"],
     )
     assert (found - wanted).abs().max() < 0.1 * wanted.abs().max(), "the scales are used"
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""The sixteen numbers of OCP Microscaling Formats 1.0, section 5.3.3."""
+
+
+def in_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Store the experts of a saved model as gpt-oss does: 32 numbers share a power of two; returns what they mean."""
+    held, plain, draw = {}, {}, torch.Generator().manual_seed(0)
+    for key, value in load_file(folder / "model.safetensors").items():
+        if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            held[key] = value.bfloat16()
+            continue
+        experts, inputs, outputs = value.shape
+        shape = (experts, outputs, inputs // 32)
+        held[f"{key}_blocks"] = torch.randint(256, (*shape, 16), generator=draw, dtype=torch.uint8)
+        held[f"{key}_scales"] = torch.randint(118, 122, shape, generator=draw, dtype=torch.uint8)
+        low, high = (held[f"{key}_blocks"] & 15).long(), (held[f"{key}_blocks"] >> 4).long()
+        numbers = torch.stack([FP4[low], FP4[high]], -1).flatten(-2)
+        powers = 2.0 ** (held[f"{key}_scales"].float() - 127)
+        plain[key] = (numbers * powers[..., None]).flatten(-2).mT
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"}, dtype="bfloat16")
+    return plain
+
+
+def test_mxfp4_is_refused_and_the_advice_works(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "m", "gpt_oss")
+    plain = in_mxfp4(folder)
+    line = refused(
+        folder, "is quantised .mxfp4., and no patch can be written into such weights; save a copy in bfloat16"
+    )
+    assert "Q(dequantize=True)" in line, "machines that can multiply such weights keep them otherwise"
+    monkeypatch.chdir(tmp_path)
+    run_advice(line)
+    lm = load_lm(str(tmp_path / "m-bfloat16"))
+    assert len(plain) == 2 * lm.n_layers
+    assert all(torch.equal(lm.parameter(key).float(), value) for key, value in plain.items())
 
 
 def test_quantisation_that_is_switched_off_or_says_nothing(tmp_path):

@@ -56,8 +56,9 @@ _PACKED = (
     ".SCB",
     "_blocks",
 )
-# Methods whose weights transformers turns into plain ones while it reads them, on a CPU too.
-_DEQUANTISED = ("fp8", "mxfp4")
+# Methods whose weights transformers turns into plain ones while it reads them, and the class that asks for it. By itself it does
+# so on machines that cannot multiply such weights only.
+_DEQUANTISED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 # A copy of the weights in another precision beside, or instead of, the ones that are read by default.
 _VARIANT = re.compile(r"(model|pytorch_model)\.(?P<variant>\w+?)(-\d+-of-\d+)?\.(safetensors|bin)")
 # Ends of class names that generate text token by token, left to right.
@@ -374,16 +375,21 @@ def _hint(folder: Path, file: str) -> str:
     )
 
 
-def save_command(name: str, kind: str, causal: bool = True, **options: str) -> str:
+def save_command(
+    name: str, kind: str, causal: bool = True, dequantise: str | None = None, **options: str
+) -> str:
     """A shell command that saves a model as the directory NAME-KIND, here, with plain weights.
 
-    causal: in the class for text alone, not in that for images and text. options: of `from_pretrained`.
+    causal: in the class for text alone, not in that for images and text. dequantise: transformers' class of the quantisation
+    that is to be undone. options: of `from_pretrained`.
     """
     given = "".join(f", {k}='{v}'" for k, v in options.items())
+    more = "" if dequantise is None else f", {dequantise} as Q"
+    given += "" if dequantise is None else ", quantization_config=Q(dequantize=True)"
     auto = "AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"
     to = f"{Path(name).name}-{kind}"
     return (
-        f'python -c "from transformers import {auto} as M, AutoTokenizer as T;'
+        f'python -c "from transformers import {auto} as M, AutoTokenizer as T{more};'
         f" M.from_pretrained('{name}'{given}).save_pretrained('{to}', save_original_format=False);"
         f" T.from_pretrained('{name}').save_pretrained('{to}')\""
     )
@@ -409,7 +415,7 @@ def _refuse_dequantised(name: str, config: dict) -> None:
     method = (_quantised(config) or {}).get("quant_method")
     if method in _DEQUANTISED:
         causal = config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        command = save_command(name, "bfloat16", causal, dtype="bfloat16")
+        command = save_command(name, "bfloat16", causal, _DEQUANTISED[method], dtype="bfloat16")
         raise ModelError(
             f"{name} is quantised ({method}), and no patch can be written into such weights; save a copy in bfloat16 and use"
             f" that: {command}"
