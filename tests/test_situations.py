@@ -317,6 +317,16 @@ def test_text_under_the_models_own_settings_can_be_asked_for(tmp_path):
         lm.generate([prompt], 2, own_settings=True)
 
 
+def test_settings_that_cannot_be_run_are_refused_before_anything_is_solved():
+    from mint import session
+
+    lm = tiny_lm("llama")
+    lm.settings = Settings.read({"repetition_penalty": "1.1"})
+    wishes = session.Wishes(effects=False, verify_settings=True)
+    with pytest.raises(ModelError, match="cannot be run .*leave out --verify-settings"):
+        session.repair(lm, [Case("a", "some words", "x\n")], wishes, lambda *_: pytest.fail("this was solved"))
+
+
 def test_a_repair_is_held_under_the_models_own_settings_by_a_larger_margin(monkeypatch):
     """A solver whose first answer a repetition penalty bends is asked again; without the wish, it is not."""
     from mint import session
