@@ -324,7 +324,9 @@ def test_settings_that_cannot_be_run_are_refused_before_anything_is_solved():
     lm.settings = Settings.read({"repetition_penalty": "1.1"})
     wishes = session.Wishes(effects=False, verify_settings=True)
     with pytest.raises(ModelError, match="cannot be run .*leave out --verify-settings"):
-        session.repair(lm, [Case("a", "some words", "x\n")], wishes, lambda *_: pytest.fail("this was solved"))
+        session.repair(
+            lm, [Case("a", "some words", "x\n")], wishes, lambda *_: pytest.fail("this was solved")
+        )
 
 
 def test_a_repair_is_held_under_the_models_own_settings_by_a_larger_margin(monkeypatch):
