@@ -271,9 +271,8 @@ class Session:
             all_cases, encoded = zip(*known.values(), strict=True) if known else ((), ())
             check_contradictions(self.lm, all_cases, encoded, self.wishes)
         if self.wishes.verify_settings and self.lm.settings.changing and new:
-            self.lm.generate(
-                [new[0][1].prompt], 1, own_settings=True
-            )  # raises now what it would after solving
+            # Raises now what it would after solving.
+            self.lm.generate([new[0][1].prompt], 1, own_settings=True)
         self._begin()
         keep = [k for case, _ in new for k in case.keep]
         self.kept += self._collected(keep, [case for case, _ in known.values()], strict)
