@@ -529,6 +529,8 @@ def row(args: argparse.Namespace) -> None:
 
     outcome = repair_rules(lm, rules, RuleWishes(learn=args.learn, accept=args.accept), after=after)
     for seed in range(args.controls) if programs and outcome.patch else ():
+        if f"random direction {seed}" in ledger:
+            continue
         with changed(lm, random_direction(lm, outcome.patch, seed)):
             scores = [pass_at_1(lm, *one) for one in programs]
         ledger.append({"key": f"random direction {seed}", "pass@1": scores})
